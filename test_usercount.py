@@ -276,6 +276,14 @@ def service(server, database, tmp_path):
 # --- The count ---
 
 
+def is_somebody_waiting(cursor):
+    cursor.execute(
+        "SELECT count(*) > 0 FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    return cursor.fetchone()[0]
+
+
 def assert_exact(cursor, expected=None):
     """The count is the number of rows, and a recalculation finds nothing to repair."""
     cursor.execute("SELECT id, total_users, (SELECT count(*) FROM user_list) FROM user_stats")
@@ -474,6 +482,19 @@ def test_triggers_recalculation_repairs_what_bypassed_them(cursor, database):
     cursor.execute("SELECT recalculate_user_count(), pg_typeof(recalculate_user_count())::text")
     assert cursor.fetchone() == (8, "bigint")
     assert_exact(cursor, 8)
+
+
+def test_triggers_recalculations_take_turns(connect, database):
+    """Else two would find the same users missing, and both add them."""
+    first, second, cursor = connect().cursor(), connect().cursor(), connect().cursor()
+    cursor.execute("UPDATE user_counts SET users = -7 WHERE backend = 0")
+    first.execute("BEGIN; SELECT recalculate_user_count()")
+    with ThreadPoolExecutor(1) as threads:
+        recalculation = threads.submit(second.execute, "SELECT recalculate_user_count()")
+        wait_until(lambda: is_somebody_waiting(cursor))
+        first.execute("COMMIT")
+        recalculation.result()
+    assert_exact(cursor, 0)
 
 
 def test_triggers_recalculation_loses_nothing_under_load(connect, database):
@@ -824,8 +845,17 @@ def test_api_serves_as_a_role_that_may_only_read_user_stats(
         assert service.count() == 0
 
 
+def slow_down(cursor, seconds, also="NULL"):
+    """Make each read take its snapshot first and then its time."""
+    cursor.execute("ALTER VIEW user_stats RENAME TO quick_stats")
+    cursor.execute(
+        f"CREATE VIEW user_stats AS SELECT *, {also}, pg_sleep({seconds})::text FROM quick_stats"
+    )
+
+
 def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
     """Each count is asked for right after a commit, while others ask all the time."""
+    slow_down(cursor, 0.005)  # so that a read is almost always under way when a request arrives
     is_done = threading.Event()
     settings = environment(server, database, WEB_CONCURRENCY="2")
 
@@ -852,12 +882,9 @@ def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
 
 
 def test_api_shares_reads_and_never_an_older_one(service, connect, database):
-    """Held open: a view that takes its snapshot, counts its reads, and takes its time."""
     cursor = connect().cursor()
-    cursor.execute("CREATE SEQUENCE reads; ALTER VIEW user_stats RENAME TO real_stats")
-    cursor.execute(
-        "CREATE VIEW user_stats AS SELECT *, nextval('reads'), pg_sleep(1)::text FROM real_stats"
-    )
+    cursor.execute("CREATE SEQUENCE reads")
+    slow_down(cursor, 1, "nextval('reads')")
     with ThreadPoolExecutor(31) as threads:
         first = threads.submit(service.count)
         wait_until(lambda: cursor.execute("SELECT is_called FROM reads") or cursor.fetchone()[0])
@@ -870,10 +897,7 @@ def test_api_shares_reads_and_never_an_older_one(service, connect, database):
 
 
 def test_api_logs_slow_queries(service, cursor):
-    cursor.execute("ALTER VIEW user_stats RENAME TO real_stats")
-    cursor.execute(
-        "CREATE VIEW user_stats AS SELECT real_stats.*, pg_sleep(0.15)::text FROM real_stats"
-    )
+    slow_down(cursor, 0.15)
     service.count()
     assert (
         len(
@@ -1148,16 +1172,8 @@ def test_faults_do_not_keep_sigterm_from_answering_those_who_wait(cluster, tmp_p
     service = Service(environment(cluster.params, "served"), tmp_path)
     with ThreadPoolExecutor(8) as threads, locked(cluster) as _:
         waiting = [threads.submit(service.get) for _ in range(8)]
-        with closing(setup_db.connect(cluster.params, "postgres")) as admin:
-            cursor = admin.cursor()
-
-            def is_waiting():
-                cursor.execute(
-                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                )
-                return cursor.fetchone()[0] > 0
-
-            wait_until(is_waiting)
+        with closing(setup_db.connect(cluster.params, "served")) as admin:
+            wait_until(lambda: is_somebody_waiting(admin.cursor()))
         service.process.terminate()
         time.sleep(1)  # the lock's, not ours
     assert [future.result()[0] for future in waiting] == [200] * 8
