@@ -141,9 +141,12 @@ def query_count(pool, deadline):
     new_connections_left = 2
     while True:
         connection = pool.getconn()
-        new_connections_left -= connection.status != STATUS_READY
+        is_new = connection.status != STATUS_READY
+        new_connections_left -= is_new
         try:
             wait(connection, deadline)
+            if is_new:
+                app.logger.debug("Connected to %s", connection.info.host)
             began = time.monotonic()
             with connection.cursor() as cursor:
                 cursor.execute(COUNT_SQL)
