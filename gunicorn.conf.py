@@ -1,6 +1,6 @@
 """How usercount is served; gunicorn reads this file by itself."""
 
-from gevent import monkey
+from gevent import monkey, sleep
 
 monkey.patch_all()  # before usercount makes its locks
 
@@ -12,13 +12,17 @@ KEEPALIVE_SECONDS = 5
 
 
 class Handler(PyWSGIHandler):
-    """Ends idle connections after KEEPALIVE_SECONDS, and all of them, politely, on SIGTERM."""
+    """Serves connections in turn; ends idle ones after a while, and all of them on SIGTERM."""
 
     is_stopping = False
 
     def handle(self):
         self.socket.settimeout(KEEPALIVE_SECONDS)
         super().handle()
+
+    def read_requestline(self):
+        sleep(0)  # a client that is quick to ask again must not keep the others waiting
+        return super().read_requestline()
 
     def finalize_headers(self):
         super().finalize_headers()

@@ -76,6 +76,7 @@ WEB_CONCURRENCY = setting("WEB_CONCURRENCY", "1", processes, "a number of proces
 
 READ_SECONDS = 2  # for all of a read: to connect, to query, and to repeat it if need be
 SLOW_QUERY_MILLISECONDS = 100
+GATHER_SECONDS = 0.0005  # that those who waited for an answer to others let more join theirs
 POOL_CONNECTIONS = 20  # of a process, at most
 IDLE_CONNECTIONS = 2  # that a process keeps: each of the two routes reads one at a time
 
@@ -277,8 +278,9 @@ class SharedAnswers:
         return [] if method == "HEAD" else body
 
     def make_answer(self, path, shared, environ):
+        is_crowded = self.turns[path].locked()
         with self.turns[path]:
-            time.sleep(0)  # whoever is here already comes along
+            time.sleep(GATHER_SECONDS if is_crowded else 0)  # whoever is here by then comes along
             del self.next_answers[path]  # and whoever comes from here on waits for the next one
             try:
                 response = Response.from_app(self.application, environ, buffered=True)
