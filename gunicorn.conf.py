@@ -24,6 +24,15 @@ class Handler(PyWSGIHandler):
         sleep(0)  # a client that is quick to ask again must not keep the others waiting
         return super().read_requestline()
 
+    def read_request(self, raw_requestline):
+        try:
+            return super().read_request(raw_requestline)
+        except OSError as error:  # a client too slow or gone: its fault, not worth a traceback
+            raise ValueError(error) from None
+
+    def log_error(self, msg, *args):
+        self.server.log.write(msg % args if args else msg)  # with a timestamp, as the rest
+
     def finalize_headers(self):
         super().finalize_headers()
         if self.is_stopping:
