@@ -55,50 +55,57 @@ def wait_until(condition, seconds=10):
 class Cluster:
     """An embedded PostgreSQL on a port of its own, which a test may treat as badly as it likes."""
 
-    def __init__(self, template=None):
+    def __init__(self, primary=None):
+        """Make it, as a streaming standby if a primary is given."""
         self.folder = Path(tempfile.mkdtemp(prefix="usercount-"))
         self.folder.chmod(0o755)  # as root, the server runs as another user
-        data = self.folder / "data"
-        self.binaries = setup_db.embedded_postgres(data)
+        self.data = self.folder / "data"
+        self.postgres = setup_db.embedded_postgres(self.data)
         self.port = free_port()
-        if template is None:
-            self.binaries.ensure_pgdata_inited()
-        else:
-            shutil.chown(data, self.binaries.system_user) if self.binaries.system_user else None
-            data.chmod(0o700)
-            source = f"host=127.0.0.1 port={template.port} user=postgres"
-            self.run("pg_basebackup", "-R", "-c", "fast", "-d", source, "-D", str(data))
         self.params = {
             "host": "127.0.0.1",
             "port": str(self.port),
             "user": "postgres",
             "password": None,
         }
+        if primary is None:
+            self.postgres.ensure_pgdata_inited()
+        else:
+            self.data.chmod(0o700)
+            if self.postgres.system_user:
+                shutil.chown(self.data, self.postgres.system_user)
+            source = f"host=127.0.0.1 port={primary.port} user=postgres"
+            self.run("pg_basebackup", "-R", "-c", "fast", "-d", source, "-D", self.data)
 
     def run(self, program, *arguments):
-        command = [self.binaries.bin_path / program, *arguments]
-        user = self.binaries.system_user
         # Into a file: the server inherits it, and a pipe would be waited for until it ends.
         with (self.folder / "log").open("a") as log:
-            subprocess.run(command, user=user, cwd="/", stdout=log, stderr=log, check=True)
+            subprocess.run(
+                [self.postgres.bin_path / program, *arguments],
+                user=self.postgres.system_user,
+                cwd="/",
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
 
     def start(self):
-        options = f"-h 127.0.0.1 -p {self.port} -k {self.folder / 'data'} -F -c max_connections=40"
-        log = str(self.folder / "data" / "log")
-        data = str(self.folder / "data")
-        self.run("pg_ctl", "start", "-w", "-D", data, "-l", log, "-o", options)
+        options = f"-h 127.0.0.1 -p {self.port} -k {self.data} -F -c max_connections=40"
+        self.run("pg_ctl", "start", "-w", "-D", self.data, "-l", self.data / "log", "-o", options)
 
     def stop(self, mode="fast"):
-        self.run("pg_ctl", "stop", "-w", "-m", mode, "-D", str(self.folder / "data"))
+        self.run("pg_ctl", "stop", "-w", "-m", mode, "-D", self.data)
 
-    @property
-    def postmaster(self):
-        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+    def processes(self):
+        try:
+            postmaster = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
+        except (FileNotFoundError, psutil.NoSuchProcess):
+            return []
+        return [postmaster, *postmaster.children()]
 
     def signal_all(self, signum):
         """Send a signal to every process of the server and return them."""
-        postmaster = psutil.Process(self.postmaster)
-        processes = [postmaster, *postmaster.children()]
+        processes = self.processes()
         for process in processes:
             process.send_signal(signum)
         return processes
@@ -108,16 +115,14 @@ class Cluster:
         psutil.wait_procs(self.signal_all(signal.SIGKILL))
 
     def remove(self):
-        pid_file = self.folder / "data" / "postmaster.pid"
-        if pid_file.exists() and psutil.pid_exists(self.postmaster):
-            self.signal_all(signal.SIGCONT)
+        if self.signal_all(signal.SIGCONT):
             self.stop("immediate")
         shutil.rmtree(self.folder)
 
 
 @contextmanager
-def running_cluster(template=None):
-    cluster = Cluster(template)
+def running_cluster(primary=None):
+    cluster = Cluster(primary)
     try:
         cluster.start()
         yield cluster
@@ -213,21 +218,11 @@ def cursor(connect):
     return connect().cursor()
 
 
-class Service:
-    """gunicorn, serving on a free port; its log is in `log`."""
+class Client:
+    """Asks the service on a port of this machine."""
 
-    def __init__(self, environment, folder):
-        self.port = free_port()
-        self.log = folder / f"service-{self.port}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "usercount:app"],
-                cwd=HERE,
-                env=environment | {"PORT": str(self.port)},
-                stderr=log,
-            )
-        wait_until(lambda: "Booting worker" in self.log.read_text())
-        wait_until(lambda: self.get("/")[0] == 404)
+    def __init__(self, port):
+        self.port = port
 
     def request(self, method, path):
         """Return status, headers and body; an answer that takes too long is an error."""
@@ -252,6 +247,23 @@ class Service:
         status, _, body = self.get()
         assert status == 200, body
         return json.loads(body)["totalUsers"]
+
+
+class Service(Client):
+    """gunicorn, serving on a free port; its log is in `log`."""
+
+    def __init__(self, environment, folder):
+        super().__init__(free_port())
+        self.log = folder / f"service-{self.port}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "usercount:app"],
+                cwd=HERE,
+                env=environment | {"PORT": str(self.port)},
+                stderr=log,
+            )
+        wait_until(lambda: "Booting worker" in self.log.read_text())
+        wait_until(lambda: self.get("/")[0] == 404)
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)
@@ -732,12 +744,12 @@ def test_setup_refuses_wrong_settings(server, name, text):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_setup_run_serves_an_embedded_server_and_ends_it(signum, tmp_path_factory):
+def test_setup_run_serves_an_embedded_server_and_ends_it(signum):
     folder = Path(tempfile.mkdtemp(prefix="usercount-"))
     for name in ("usercount.py", "setup_db.py", "schema.sql", "gunicorn.conf.py"):
         shutil.copy(HERE / name, folder)
-    port = free_port()
-    (folder / ".env").write_text(f"PORT={port}\nDB_NAME=from_file\n")
+    client = Client(free_port())
+    (folder / ".env").write_text(f"PORT={client.port}\nDB_NAME=from_file\n")
     settings = environment(setup_db.OWN_SERVER, "")
     for name in ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME"):
         del settings[name]
@@ -751,14 +763,13 @@ def test_setup_run_serves_an_embedded_server_and_ends_it(signum, tmp_path_factor
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            service = Service.__new__(Service)
-            service.port = port
-            wait_until(lambda service=service: service.get()[0] == 200, 30)
-            assert service.count() == expected
+            wait_until(lambda: client.get()[0] == 200, 30)
+            assert client.count() == expected
             if expected == 10:
                 done = run_setup(embedded, "sample", "3", folder=folder)
                 assert "from_file" in done.stdout
-                assert_one_line_error(run_setup(settings, "run", folder=folder), f"PORT {port}")
+                done = run_setup(settings, "run", folder=folder)
+                assert_one_line_error(done, f"PORT {client.port}")
                 other = settings | {"PORT": str(free_port())}
                 assert_one_line_error(run_setup(other, "run", folder=folder), "in use")
             started = psutil.Process(process.pid).children(recursive=True)
@@ -766,7 +777,7 @@ def test_setup_run_serves_an_embedded_server_and_ends_it(signum, tmp_path_factor
             started.append(psutil.Process(int(pid_file.read_text().split()[0])))
             process.send_signal(signum)
             assert process.wait(15) == 0
-            assert service.get()[0] == 0
+            assert client.get()[0] == 0
             assert psutil.wait_procs(started, timeout=5)[1] == []  # nothing is left behind
     finally:
         shutil.rmtree(folder)
@@ -908,19 +919,17 @@ def test_api_logs_slow_queries(service, cursor):
 
 
 def test_api_works_without_gunicorn(server, database):
-    port = free_port()
+    client = Client(free_port())
     process = subprocess.Popen(
-        [sys.executable, "-m", "flask", "--app", "usercount", "run", "--port", str(port)],
+        [sys.executable, "-m", "flask", "--app", "usercount", "run", "--port", str(client.port)],
         cwd=HERE,
         env=environment(server, database),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        service = Service.__new__(Service)
-        service.port = port
-        wait_until(lambda: service.get()[0] == 200)
-        assert {status for status, _, _ in service.get_at_once()} == {200}
+        wait_until(lambda: client.get()[0] == 200)
+        assert {status for status, _, _ in client.get_at_once()} == {200}
     finally:
         process.terminate()
         process.wait(10)
@@ -1155,7 +1164,7 @@ def test_faults_of_the_primary_leave_the_standby(fault, tmp_path):
         with closing(setup_db.connect(primary.params, "postgres")) as connection:
             connection.cursor().execute(SCHEMA)
             connection.cursor().execute(ADD_USERS, (1, 5))
-        with running_cluster(template=primary) as standby:
+        with running_cluster(primary) as standby:
             both = {
                 name: f"{primary.params[name]},{standby.params[name]}" for name in ("host", "port")
             }

@@ -146,7 +146,7 @@ def query_count(pool, deadline):
         new_connections_left -= is_new
         try:
             wait(connection, deadline)
-            if is_new:
+            if is_new and not outage:  # in an outage there may be many, all for nothing
                 app.logger.debug("Connected to %s", connection.info.host)
             began = time.monotonic()
             with connection.cursor() as cursor:
