@@ -85,7 +85,7 @@ logging.basicConfig(
 )
 app = Flask(__name__, static_folder=None)
 app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-app.url_map.merge_slashes = False  # //health is another path, not a redirect
+app.url_map.merge_slashes = False  # /api//usercount is another path, not a redirect
 app.logger.setLevel(logging.INFO if APP_ENV == "production" else logging.DEBUG)
 
 # --- The database ---
