@@ -4,6 +4,8 @@ from gevent import monkey, sleep
 
 monkey.patch_all()  # before usercount makes its locks
 
+from http.client import HTTPException  # noqa: E402
+
 from gunicorn.workers.ggevent import GeventPyWSGIWorker, PyWSGIHandler  # noqa: E402
 
 import usercount  # noqa: E402
@@ -27,7 +29,7 @@ class Handler(PyWSGIHandler):
     def read_request(self, raw_requestline):
         try:
             return super().read_request(raw_requestline)
-        except OSError as error:  # a client too slow or gone: its fault, not worth a traceback
+        except (OSError, HTTPException) as error:  # a client's fault, not worth a traceback
             raise ValueError(error) from None
 
     def log_error(self, msg, *args):

@@ -37,6 +37,9 @@ CREATE TABLE IF NOT EXISTS user_list (
 DO $$
 DECLARE
     id_sequence text := pg_get_serial_sequence('user_list', 'id');
+    has_one_row_counter boolean :=
+        EXISTS (SELECT FROM pg_class WHERE oid = to_regclass('user_stats') AND relkind = 'r');
+    old_trigger name;
     columns_as_above bigint := (
         SELECT count(*) FROM pg_attribute
         WHERE attrelid = 'user_list'::regclass AND (attname, atttypid) IN (
@@ -44,10 +47,12 @@ DECLARE
             ('created_at', 'timestamptz'::regtype),
             ('updated_at', 'timestamptz'::regtype)));
 BEGIN
-    IF columns_as_above = 3 THEN
+    IF columns_as_above = 3 AND NOT has_one_row_counter THEN
         LOCK TABLE user_list IN SHARE ROW EXCLUSIVE MODE;
     ELSE
         LOCK TABLE user_list IN ACCESS EXCLUSIVE MODE;
+    END IF;
+    IF columns_as_above < 3 THEN
         ALTER TABLE user_list
             ADD COLUMN IF NOT EXISTS created_at timestamptz NOT NULL DEFAULT now(),
             ADD COLUMN IF NOT EXISTS updated_at timestamptz NOT NULL DEFAULT now();
@@ -59,7 +64,14 @@ BEGIN
             EXECUTE 'ALTER SEQUENCE ' || id_sequence || ' AS bigint';
         END IF;
     END IF;
-    IF (SELECT relkind FROM pg_class WHERE oid = to_regclass('user_stats')) = 'r' THEN
+    IF has_one_row_counter THEN
+        FOR old_trigger IN  -- whatever their names
+            SELECT tgname FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+            WHERE tgrelid = 'user_list'::regclass AND NOT tgisinternal
+            AND (proname = 'update_user_count' OR prosrc ILIKE '%user_stats%')
+        LOOP
+            EXECUTE format('DROP TRIGGER %I ON user_list', old_trigger);
+        END LOOP;
         ALTER TABLE user_stats RENAME TO one_row_user_stats;
         DROP INDEX IF EXISTS idx_user_list_username, idx_user_list_email;  -- UNIQUE has its own
     END IF;

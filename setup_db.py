@@ -25,6 +25,7 @@ import usercount
 HERE = Path(__file__).parent
 EMBEDDED_DATA = HERE / ".postgres"
 SAMPLE_USERS = 10
+MOST_SAMPLE_USERS = 100_000_000  # at once, some 30 GB
 BATCH_USERS = 10_000
 OWN_SERVER = {
     "host": ",".join(usercount.DB_HOSTS),
@@ -156,8 +157,8 @@ def main(arguments):
             print(f"Applied schema.sql to {usercount.DB_NAME}. Users: {set_up(OWN_SERVER)}.")
         case ["sample", *number] if len(number) < 2:
             text = number[0] if number else str(SAMPLE_USERS)
-            if not (text.isdecimal() and int(text) > 0):
-                sys.exit(f"N must be a number of users, at least 1, not {text!r}")
+            if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MOST_SAMPLE_USERS):
+                sys.exit(f"N must be a number from 1 to {MOST_SAMPLE_USERS}, not {text!r}")
             users = add_sample_users(OWN_SERVER, int(text))
             print(f"Added {int(text)} sample users to {usercount.DB_NAME}. Users: {users}.")
         case ["run"]:

@@ -663,6 +663,19 @@ def test_setup_takes_over_a_one_row_counter_under_load(
     assert cursor.fetchone() == (1000 + len(signed_up),)
 
 
+@pytest.mark.parametrize("function", ["update_user_count", "bump"])
+def test_setup_replaces_old_triggers_whatever_their_names(server, cursor, empty_database, function):
+    cursor.execute(CLASSIC_SCHEMA.replace("update_user_count", function))
+    cursor.execute("ALTER TRIGGER user_insert_trigger ON user_list RENAME TO old_insert")
+    cursor.execute("ALTER TRIGGER user_delete_trigger ON user_list RENAME TO old_delete")
+    cursor.execute(ADD_USERS, (1, 5))
+    done = run_setup(environment(server, empty_database))
+    assert (done.returncode, done.stderr) == (0, "")
+    cursor.execute(ADD_USERS, (6, 8))
+    cursor.execute("DELETE FROM user_list WHERE username = '1'")
+    assert_exact(cursor, 7)
+
+
 def test_setup_takes_over_a_user_list_with_rows(server, cursor, empty_database):
     cursor.execute("CREATE TABLE user_list (id int PRIMARY KEY, username text, email text)")
     cursor.execute("INSERT INTO user_list SELECT n FROM generate_series(1, 7) AS n")
@@ -716,7 +729,7 @@ def assert_one_line_error(done, *words):
 def test_setup_says_in_one_line_what_is_wrong(server, empty_database, cursor, role):
     here = environment(server, empty_database)
     assert_one_line_error(run_setup(here, "sample"), "user_list", "python setup_db.py")
-    for text in ("0", "-1", "many"):
+    for text in ("0", "-1", "many", "9" * 20):
         assert_one_line_error(run_setup(here, "sample", text), f"not '{text}'")
     assert_one_line_error(run_setup(here, "smaple"), "usage")
     nobody = here | {"DB_USER": "nobody_" + secrets.token_hex(4)}
@@ -729,7 +742,15 @@ def test_setup_says_in_one_line_what_is_wrong(server, empty_database, cursor, ro
 
 @pytest.mark.parametrize(
     "name, text",
-    [("PORT", "abc"), ("PORT", "99999"), ("DB_PORT", "x"), ("DB_PORT", "1,2"), ("APP_ENV", "test")],
+    [
+        ("PORT", "abc"),
+        ("PORT", "99999"),
+        ("PORT", "1_0"),
+        ("DB_PORT", "x"),
+        ("DB_PORT", "1,2"),
+        ("DB_HOST", "a,,b"),
+        ("APP_ENV", "test"),
+    ],
 )
 def test_setup_refuses_wrong_settings(server, name, text):
     done = subprocess.run(
@@ -854,6 +875,16 @@ def test_api_serves_as_a_role_that_may_only_read_user_stats(
     settings = environment(server, database, DB_USER=role[0], DB_PASSWORD=role[1])
     with running_service(settings, tmp_path) as service:
         assert service.count() == 0
+
+
+def test_api_shares_the_answers_to_each_way_of_writing_a_path(service, connect, database):
+    """Else each would be a read of its own, and together more than the pool has connections."""
+    with ThreadPoolExecutor(40) as threads:
+        paths = ["//api/usercount", "/api/usercount"] * 100
+        assert {status for status, _, _ in threads.map(service.get, paths)} == {200}
+    cursor = connect().cursor()
+    cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'usercount'")
+    assert cursor.fetchone()[0] <= usercount.IDLE_CONNECTIONS
 
 
 def slow_down(cursor, seconds, also="NULL"):

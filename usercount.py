@@ -1,7 +1,7 @@
 """How many users are there? Answered over HTTP, exactly and at once, from PostgreSQL.
 
 Two routes, GET /api/usercount and GET /health. An answer is never older than its request, and no
-request waits longer than two reads of the database take: READ_SECONDS each, whatever happens.
+request waits longer than two reads of the database take, READ_SECONDS each.
 """
 
 import json
@@ -36,11 +36,14 @@ def setting(name, default, convert=str, expected="text"):
 
 
 def hosts(text):
-    return [host.strip() for host in text.split(",")]
+    names = [host.strip() for host in text.split(",")]
+    if not all(names):
+        raise ValueError
+    return names
 
 
 def port(text):
-    if not 1 <= int(text) <= 65535:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535):
         raise ValueError
     return int(text)
 
@@ -65,7 +68,7 @@ def environment(text):
 
 
 load_dotenv(Path(__file__).with_name(".env"))
-DB_HOSTS = setting("DB_HOST", "localhost", hosts)
+DB_HOSTS = setting("DB_HOST", "localhost", hosts, "a host, or several with commas")
 DB_PORTS = setting("DB_PORT", "5432", ports, "a port from 1 to 65535, or one for each host")
 DB_NAME = setting("DB_NAME", "test001")
 DB_USER = setting("DB_USER", "postgres")
@@ -181,7 +184,8 @@ def wait(connection, deadline):
 
 def log_outage(error):
     """Log why the database cannot be read: a line for each reason, not for each request."""
-    reason = " ".join(str(error).split())
+    reason = isinstance(error, psycopg2.Error) and error.diag.message_primary
+    reason = reason or " ".join(str(error).split())
     if isinstance(error, psycopg2.errors.UndefinedTable):
         reason += " (run python setup_db.py)"
     if reason not in outage:
@@ -263,7 +267,8 @@ class SharedAnswers:
         self.next_answers_lock = threading.Lock()
 
     def __call__(self, environ, start_response):
-        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        path = "/" + environ["PATH_INFO"].lstrip("/")  # as Flask takes it
+        method = environ["REQUEST_METHOD"]
         if path not in self.turns or method not in ("GET", "HEAD"):
             return self.application(environ, start_response)
         with self.next_answers_lock:
