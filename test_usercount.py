@@ -801,6 +801,8 @@ def test_setup_run_serves_an_embedded_server_and_ends_it(signum):
             assert client.get()[0] == 0
             assert psutil.wait_procs(started, timeout=5)[1] == []  # nothing is left behind
     finally:
+        process.terminate()  # where an assertion failed; it ends what it has started
+        process.wait(15)
         shutil.rmtree(folder)
 
 
@@ -992,30 +994,38 @@ def exposed_service(cluster, tmp_path_factory):
 @contextmanager
 def stopped(cluster):
     cluster.stop()
-    yield
-    cluster.start()
+    try:
+        yield
+    finally:
+        cluster.start()
 
 
 @contextmanager
 def killed(cluster):
     cluster.kill()
-    yield
-    cluster.start()
+    try:
+        yield
+    finally:
+        cluster.start()
 
 
 @contextmanager
 def frozen(cluster):
     cluster.signal_all(signal.SIGSTOP)
-    yield
-    cluster.signal_all(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        cluster.signal_all(signal.SIGCONT)
 
 
 @contextmanager
 def executed(cluster, database, break_sql, mend_sql):
     with closing(setup_db.connect(cluster.params, database)) as connection:
         connection.cursor().execute(break_sql)
-        yield
-        connection.cursor().execute(mend_sql)
+        try:
+            yield
+        finally:
+            connection.cursor().execute(mend_sql)
 
 
 def locked(cluster):
@@ -1216,5 +1226,8 @@ def test_faults_do_not_keep_sigterm_from_answering_those_who_wait(cluster, tmp_p
             wait_until(lambda: is_somebody_waiting(admin.cursor()))
         service.process.terminate()
         time.sleep(1)  # the lock's, not ours
-    assert [future.result()[0] for future in waiting] == [200] * 8
-    assert service.process.wait(10) == 0
+    try:
+        assert [future.result()[0] for future in waiting] == [200] * 8
+        assert service.process.wait(10) == 0
+    finally:
+        service.process.kill()
