@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -107,7 +107,8 @@ class Cluster:
         """Send a signal to every process of the server and return them."""
         processes = self.processes()
         for process in processes:
-            process.send_signal(signum)
+            with suppress(psutil.NoSuchProcess):  # one that was about to end anyway
+                process.send_signal(signum)
         return processes
 
     def kill(self):
