@@ -1,8 +1,8 @@
-"""Sets up the database of usercount, on a PostgreSQL of one's own or on an embedded one.
+"""Sets up the database of usercount, on your own PostgreSQL or on an embedded one.
 
-python setup_db.py              create the database where it is missing and apply schema.sql
-python setup_db.py sample [N]   add N sample users, 10 if not said otherwise
-python setup_db.py run          all that is needed to try it: the database with sample users, served
+python setup_db.py              create the database if it is missing and apply schema.sql
+python setup_db.py sample [N]   add N sample users (default 10)
+python setup_db.py run          set up and serve, without DB_HOST on an embedded PostgreSQL
 python setup_db.py dev          the same, reloading when the code changes
 """
 
@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psycopg2
+from psycopg2.errors import DuplicateDatabase, UniqueViolation
 from psycopg2.extensions import quote_ident
 
 import usercount
@@ -25,9 +26,9 @@ import usercount
 HERE = Path(__file__).parent
 EMBEDDED_DATA = HERE / ".postgres"
 SAMPLE_USERS = 10
-MOST_SAMPLE_USERS = 100_000_000  # at once, some 30 GB
-BATCH_USERS = 10_000
-OWN_SERVER = {
+MAX_SAMPLE_USERS = 100_000_000  # at once, some 30 GB
+BATCH_SIZE = 10_000
+CONFIGURED_SERVER = {
     "host": ",".join(usercount.DB_HOSTS),
     "port": ",".join(map(str, usercount.DB_PORTS)),
     "user": usercount.DB_USER,
@@ -45,12 +46,12 @@ def connect(server, database=usercount.DB_NAME):
 
 
 def count_users(cursor):
-    cursor.execute("SELECT total_users FROM user_stats")
+    cursor.execute("SELECT total_users FROM public.user_stats")
     return cursor.fetchone()[0]
 
 
 def set_up(server):
-    """Create the database where it is missing, apply schema.sql and return the number of users."""
+    """Create the database if it is missing, apply schema.sql and return the number of users."""
     try:
         connection = connect(server)
     except psycopg2.OperationalError as error:
@@ -58,22 +59,26 @@ def set_up(server):
             cursor.execute("SELECT FROM pg_database WHERE datname = %s", [usercount.DB_NAME])
             if cursor.rowcount:
                 raise error
-            cursor.execute(f"CREATE DATABASE {quote_ident(usercount.DB_NAME, cursor)}")
-        print(f"Created the database {usercount.DB_NAME}.")
+            with suppress(DuplicateDatabase, UniqueViolation):  # created by another set-up just now
+                cursor.execute(f"CREATE DATABASE {quote_ident(usercount.DB_NAME, cursor)}")
+                print(f"Created the database {usercount.DB_NAME}.")
         connection = connect(server)
     with connection.cursor() as cursor:
         cursor.execute((HERE / "schema.sql").read_text())
+        for notice in connection.notices:
+            print(notice.removeprefix("INFO:").strip())
         return count_users(cursor)
 
 
 def add_sample_users(server, number):
-    """Add `number` users with names that nobody has and return how many users there are then."""
+    """Add `number` users with unique names and return the new number of users."""
     run_id = secrets.token_hex(4)
     with connect(server).cursor() as cursor:
-        for start in range(0, number, BATCH_USERS):
-            end = min(start + BATCH_USERS, number)
+        for start in range(0, number, BATCH_SIZE):
+            end = min(start + BATCH_SIZE, number)
             cursor.execute(
-                "INSERT INTO user_list (username, email)"
+                "SET LOCAL search_path = pg_catalog, pg_temp;"  # no function planted in public
+                " INSERT INTO public.user_list (username, email)"
                 " SELECT name, name || '@example.com'"
                 " FROM generate_series(%s, %s) AS n, format('sample-%%s-%%s', %s, n) AS name",
                 [start + 1, end, run_id],
@@ -86,11 +91,11 @@ def add_sample_users(server, number):
 
 
 def embedded_postgres(data):
-    """Return the embedded PostgreSQL on the folder `data`, made if need be but not started.
+    """Return the embedded PostgreSQL on the folder `data`, created if necessary but not started.
 
-    As root it runs as the system user pgserver, for whom the folders above are opened to others.
+    As root it runs as the system user pgserver, who needs to pass through the folders above.
     """
-    # For its lock, which would else be a file in /tmp that belongs to whoever came first.
+    # For its lock, which would otherwise be a file in /tmp that belongs to the first user.
     runtime = Path(tempfile.gettempdir(), f"usercount-{os.getuid()}")
     (runtime / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
     runtime.chmod(0o700)
@@ -99,6 +104,10 @@ def embedded_postgres(data):
 
     data.mkdir(parents=True, exist_ok=True)
     return get_server(data, cleanup_mode=None, start=False)
+
+
+def embedded_parameters(socket_folder):
+    return {"host": socket_folder, "port": "5432", "user": "postgres", "password": None}
 
 
 @contextmanager
@@ -112,16 +121,23 @@ def embedded_server(data):
             sys.exit(f"{data} is in use by another process that runs the embedded PostgreSQL.")
         postgres.start()
         try:
-            host = str(postgres.get_postmaster_info().socket_dir)
-            yield {"host": host, "port": "5432", "user": "postgres", "password": None}
+            yield embedded_parameters(str(postgres.get_postmaster_info().socket_dir))
         finally:
             postgres.stop()
 
 
-def serve(command):
-    """Set the database up, add sample users if it has none, and run `command` until it ends.
+def running_server():
+    """Return libpq's parameters of the configured server, or of the embedded one while it runs."""
+    pid_file = EMBEDDED_DATA / "postmaster.pid"
+    if os.environ.get("DB_HOST") or not pid_file.exists():
+        return CONFIGURED_SERVER
+    return embedded_parameters(pid_file.read_text().splitlines()[4])  # the folder of its socket
 
-    Returns the exit status of `command`. Ctrl-C and SIGTERM end it, and then the embedded server.
+
+def serve(command):
+    """Set up the database and run `command` until it ends; return its exit status.
+
+    Ctrl-C and SIGTERM end the command first, and then the embedded server.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -131,10 +147,13 @@ def serve(command):
             sys.exit(f"PORT {usercount.PORT} cannot be used: {error.strerror}.")
 
     is_embedded = not os.environ.get("DB_HOST")
-    with embedded_server(EMBEDDED_DATA) if is_embedded else nullcontext(OWN_SERVER) as server:
+    database = embedded_server(EMBEDDED_DATA) if is_embedded else nullcontext(CONFIGURED_SERVER)
+    with database as server:
         if is_embedded:
             print(f"Embedded PostgreSQL: DB_HOST={server['host']}")
-        users = set_up(server) or add_sample_users(server, SAMPLE_USERS)
+        users = set_up(server)
+        if is_embedded and not users:
+            users = add_sample_users(server, SAMPLE_USERS)
         print(f"Users: {users}. Ask http://localhost:{usercount.PORT}/api/usercount", flush=True)
         environment = {
             "DB_HOST": server["host"],
@@ -142,24 +161,29 @@ def serve(command):
             "DB_USER": server["user"],
             "DB_PASSWORD": server["password"] or "",
         }
-        # In a session of its own, Ctrl-C reaches it through us only, and the database outlives it.
+        # In a session of its own it gets Ctrl-C only from here, and the database outlives it.
         process = subprocess.Popen(
             command, cwd=HERE, env=os.environ | environment, start_new_session=True
         )
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda signum, frame: process.send_signal(signum))
-        return process.wait()
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, lambda signum, frame: process.send_signal(signum))
+            return process.wait()
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def main(arguments):
     match arguments:
         case []:
-            print(f"Applied schema.sql to {usercount.DB_NAME}. Users: {set_up(OWN_SERVER)}.")
+            users = set_up(running_server())
+            print(f"Applied schema.sql to {usercount.DB_NAME}. Users: {users}.")
         case ["sample", *number] if len(number) < 2:
             text = number[0] if number else str(SAMPLE_USERS)
-            if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MOST_SAMPLE_USERS):
-                sys.exit(f"N must be a number from 1 to {MOST_SAMPLE_USERS}, not {text!r}")
-            users = add_sample_users(OWN_SERVER, int(text))
+            if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MAX_SAMPLE_USERS):
+                sys.exit(f"N must be a number from 1 to {MAX_SAMPLE_USERS}, not {text!r}")
+            users = add_sample_users(running_server(), int(text))
             print(f"Added {int(text)} sample users to {usercount.DB_NAME}. Users: {users}.")
         case ["run"]:
             return serve([sys.executable, "-m", "gunicorn", "usercount:app"])
@@ -171,11 +195,14 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit("Stopped."))
     try:
         sys.exit(main(sys.argv[1:]))
     except psycopg2.errors.UndefinedTable as error:
         sys.exit(f"{error.diag.message_primary}: run python setup_db.py first")
     except psycopg2.Error as error:
-        sys.exit(" ".join(str(error).split()))
+        primary, detail = error.diag.message_primary, error.diag.message_detail
+        message = f"{primary}: {detail}" if detail else primary or str(error)
+        sys.exit(" ".join(message.split()))
     except KeyboardInterrupt:
         sys.exit("Stopped.")

@@ -1,87 +1,103 @@
-"""How many users are there? Answered over HTTP, exactly and at once, from PostgreSQL.
+"""How many users are there? An exact answer over HTTP, from a count that PostgreSQL keeps.
 
-Two routes, GET /api/usercount and GET /health. An answer is never older than its request, and no
-request waits longer than two reads of the database take, READ_SECONDS each.
+Two routes, GET /api/usercount and GET /health. A request for either passes RequestCoalescer, which
+reads the count once for all requests that wait at the same time, and lets Flask make the responses.
+An answer is never older than its request, and takes at most two reads, READ_TIMEOUT_SECONDS each.
 """
 
 import json
 import logging
 import os
 import select
+import socket
 import sys
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg2
 from dotenv import load_dotenv
-from flask import Flask, Response
-from psycopg2.extensions import POLL_OK, POLL_READ, STATUS_READY, TRANSACTION_STATUS_IDLE
+from flask import Flask, Response, request
+from psycopg2.extensions import POLL_OK, POLL_READ, TRANSACTION_STATUS_IDLE
 from psycopg2.pool import ThreadedConnectionPool
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
+from werkzeug.test import create_environ, run_wsgi_app
 
 # --- Settings: from the environment, or from .env; the environment wins ---
 
 
-def setting(name, default, convert=str, expected="text"):
-    """Return a converted setting; a wrong one ends the process with one line that names it."""
+def read_setting(name, default, parse=str, expected="text"):
+    """Return a parsed setting; an invalid one ends the process with one line that names it."""
     text = os.environ.get(name) or default
     try:
-        return convert(text)
+        return parse(text)
     except ValueError:
         sys.exit(f"{name} must be {expected}, not {text!r}")
 
 
-def hosts(text):
-    names = [host.strip() for host in text.split(",")]
-    if not all(names):
+def parse_hosts(text):
+    hosts = [host.strip().removeprefix("[").removesuffix("]") for host in text.split(",")]
+    if not all(hosts):
         raise ValueError
-    return names
+    return hosts
 
 
-def port(text):
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535):
-        raise ValueError
-    return int(text)
-
-
-def ports(text):
-    numbers = [port(number) for number in text.split(",")]
-    if len(numbers) not in (1, len(DB_HOSTS)):
-        raise ValueError
-    return numbers
-
-
-def processes(text):
-    if int(text) < 1:
+def parse_number(text):
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise ValueError
     return int(text)
 
 
-def environment(text):
+def parse_port(text):
+    if parse_number(text) > 65535:
+        raise ValueError
+    return int(text)
+
+
+def parse_ports(text):
+    """Return a port for each host."""
+    ports = [parse_port(port) for port in text.split(",")]
+    if len(ports) not in (1, len(DB_HOSTS)):
+        raise ValueError
+    return ports if len(ports) > 1 else ports * len(DB_HOSTS)
+
+
+def parse_app_env(text):
     if text not in ("development", "production"):
         raise ValueError
     return text
 
 
-load_dotenv(Path(__file__).with_name(".env"))
-DB_HOSTS = setting("DB_HOST", "localhost", hosts, "a host, or several with commas")
-DB_PORTS = setting("DB_PORT", "5432", ports, "a port from 1 to 65535, or one for each host")
-DB_NAME = setting("DB_NAME", "test001")
-DB_USER = setting("DB_USER", "postgres")
+try:
+    load_dotenv(Path(__file__).with_name(".env"))
+except (OSError, ValueError) as error:  # unreadable, or not text
+    sys.exit(f".env cannot be read: {error}")
+DB_HOSTS = read_setting("DB_HOST", "localhost", parse_hosts, "a host, or several with commas")
+DB_PORTS = read_setting("DB_PORT", "5432", parse_ports, "a port from 1 to 65535, or one per host")
+DB_NAME = read_setting("DB_NAME", "test001")
+DB_USER = read_setting("DB_USER", "postgres")
 DB_PASSWORD = os.environ.get("DB_PASSWORD") or None  # None: libpq looks for PGPASSWORD, ~/.pgpass
-PORT = setting("PORT", "6776", port, "a port from 1 to 65535")
-APP_ENV = setting("APP_ENV", "development", environment, "development or production")
-WEB_CONCURRENCY = setting("WEB_CONCURRENCY", "1", processes, "a number of processes, at least 1")
+PORT = read_setting("PORT", "6776", parse_port, "a port from 1 to 65535")
+APP_ENV = read_setting("APP_ENV", "development", parse_app_env, "development or production")
+WEB_CONCURRENCY = read_setting(
+    "WEB_CONCURRENCY", "1", parse_number, "a number of worker processes, at least 1"
+)
 
-READ_SECONDS = 2  # for all of a read: to connect, to query, and to repeat it if need be
+READ_TIMEOUT_SECONDS = 2  # for all of a read, whatever has to be tried
+LOOKUP_TIMEOUT_SECONDS = 0.5  # the share of DNS in it
+UNACKNOWLEDGED_MILLISECONDS = 500  # after which the kernel takes a connection for lost
+CONNECTION_PASSES = 3  # over all targets, before a read is given up
+PASS_DELAY_SECONDS = 0.1
+MAX_CONNECTION_AGE_SECONDS = 30  # firewalls drop idle connections without a word
+MAX_POOL_CONNECTIONS = 20
+MAX_IDLE_CONNECTIONS = 1  # as there is one read at a time
+RECOVERY_SECONDS = 5  # without a failure, until an outage counts as over
 SLOW_QUERY_MILLISECONDS = 100
-GATHER_SECONDS = 0.0005  # that those who waited for an answer to others let more join theirs
-POOL_CONNECTIONS = 20  # of a process, at most
-IDLE_CONNECTIONS = 2  # that a process keeps: each of the two routes reads one at a time
+BATCH_DELAY_SECONDS = 0.0005  # in which more requests join a batch that had to wait for another
 
 logging.basicConfig(
     format="[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S %z"
@@ -93,64 +109,51 @@ app.logger.setLevel(logging.INFO if APP_ENV == "production" else logging.DEBUG)
 
 # --- The database ---
 
-# What nobody waits for any more ends on the server too.
+# The timeout cancels the query on the server once nobody waits for it.
 COUNT_SQL = f"""
-    SET LOCAL statement_timeout = '{READ_SECONDS}s';
-    SELECT total_users, last_updated FROM user_stats
+    SET LOCAL statement_timeout = '{READ_TIMEOUT_SECONDS}s';
+    SELECT total_users, last_updated FROM public.user_stats
 """
 
-# libpq tries the hosts in order, but waits for a silent one until the deadline. So there is a pool
-# for each rotation of the list, and a read that ran out of time puts the next one in front.
-pools = deque()
-for first in range(len(DB_HOSTS)):
-    pool = ThreadedConnectionPool(
-        minconn=0,  # connects nothing here
-        maxconn=POOL_CONNECTIONS,
-        host=",".join(DB_HOSTS[first:] + DB_HOSTS[:first]),
-        port=",".join(map(str, DB_PORTS[first:] + DB_PORTS[:first])),
-        dbname=DB_NAME,
-        user=DB_USER,
-        password=DB_PASSWORD,
-        fallback_application_name="usercount",
-        # Connects outside the pool's lock, waits no longer than we do, and is in autocommit.
-        async_=True,
-    )
-    pool.minconn = IDLE_CONNECTIONS  # it closes those above that when they are returned
-    pools.append(pool)
 
-outage = {}  # why the database could not be read, each reason with the time it was first seen
+class Target(NamedTuple):
+    """One address of one of the hosts in DB_HOST."""
+
+    host: str
+    address: str | None  # None: host is the directory of a Unix socket
+    port: int
+
+    def __str__(self):
+        address = f" ({self.address})" if self.address not in (None, self.host) else ""
+        return f"{self.host}{address} port {self.port}"
 
 
-def read_count():
-    """Return the number of users and when it last changed (an aware datetime), as of now.
+class TargetPool(ThreadedConnectionPool):
+    """The connections to one target, none of them older than the pool."""
 
-    Raises ServiceUnavailable if the database does not tell within READ_SECONDS.
-    """
-    deadline = time.monotonic() + READ_SECONDS
-    try:
-        count = query_count(pools[0], deadline)
-    except (psycopg2.Error, TimeoutError) as error:
-        log_outage(error)
-        raise ServiceUnavailable("The count cannot be read now.", retry_after=1) from error
-    log_recovery()
-    return count
+    def __init__(self, target):
+        super().__init__(
+            minconn=0,  # connects nothing here
+            maxconn=MAX_POOL_CONNECTIONS,
+            host=target.host,  # for TLS and .pgpass, beside the address
+            hostaddr=target.address,
+            port=target.port,
+            dbname=DB_NAME,
+            user=DB_USER,
+            password=DB_PASSWORD,
+            fallback_application_name="usercount",
+            tcp_user_timeout=UNACKNOWLEDGED_MILLISECONDS,
+            async_=True,  # connects outside the pool's lock, with our deadline, in autocommit
+        )
+        self.minconn = MAX_IDLE_CONNECTIONS  # the pool closes what is returned above that
+        self.target = target
+        self.expires_at = time.monotonic() + MAX_CONNECTION_AGE_SECONDS
 
-
-def query_count(pool, deadline):
-    """Return the row of user_stats.
-
-    A connection that is lost, most often while it was idle, costs nobody an error: the query is
-    repeated on the other idle ones, and on up to two new ones.
-    """
-    new_connections_left = 2
-    while True:
-        connection = pool.getconn()
-        is_new = connection.status != STATUS_READY
-        new_connections_left -= is_new
+    def read_count(self, deadline):
+        """Return the row of user_stats; raise psycopg2.Error, or TimeoutError at the deadline."""
+        connection = self.getconn()
         try:
-            wait(connection, deadline)
-            if is_new and not outage:  # in an outage there may be many, all for nothing
-                app.logger.debug("Connected to %s", connection.info.host)
+            wait(connection, deadline)  # until it is connected
             began = time.monotonic()
             with connection.cursor() as cursor:
                 cursor.execute(COUNT_SQL)
@@ -160,50 +163,147 @@ def query_count(pool, deadline):
             if milliseconds > SLOW_QUERY_MILLISECONDS:
                 app.logger.warning("Slow query: %.0f ms", milliseconds)
             return row
-        except (psycopg2.OperationalError, psycopg2.InterfaceError):
-            if not new_connections_left:
-                raise
-        except TimeoutError:
-            if pool is pools[0]:
-                pools.rotate(-1)
-            raise
         finally:
             is_usable = connection.info.transaction_status == TRANSACTION_STATUS_IDLE
-            pool.putconn(connection, close=not is_usable)
+            self.putconn(connection, close=not is_usable)
 
 
 def wait(connection, deadline):
-    """Wait until `connection` has done what it was asked; raise TimeoutError at the deadline."""
+    """Wait until an asynchronous connection is ready; raise TimeoutError at the deadline."""
     while (state := connection.poll()) != POLL_OK:
         poller = select.poll()
         event = select.POLLIN if state == POLL_READ else select.POLLOUT
         poller.register(connection.fileno(), event)
         if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError(f"no answer within {READ_SECONDS} s")
+            raise TimeoutError("no answer in time")
 
 
-def log_outage(error):
-    """Log why the database cannot be read: a line for each reason, not for each request."""
-    reason = isinstance(error, psycopg2.Error) and error.diag.message_primary
-    reason = reason or " ".join(str(error).split())
-    if isinstance(error, psycopg2.errors.UndefinedTable):
-        reason += " (run python setup_db.py)"
-    if reason not in outage:
-        outage[reason] = time.monotonic()
-        app.logger.error("Database lost: %s", reason)
+@dataclass
+class Outage:
+    """Why a target has failed, since when, and when for the last time."""
+
+    began: float = field(default_factory=time.monotonic)
+    last_failed: float = 0
+    reasons: set = field(default_factory=set)
 
 
-def log_recovery():
-    began = min(outage.values(), default=None)
-    if began is not None:
-        outage.clear()
-        app.logger.info("Database back after %.1f s", time.monotonic() - began)
+class Database:
+    """Reads the count from the first target that answers. One read at a time, please."""
+
+    def __init__(self):
+        self.targets = []
+        self.pool = None  # of the target that answered last
+        self.addresses = {}  # of each host name, as last looked up
+        self.lookups = {}  # the thread that looks up a host name
+        self.outages = {}  # by target
+        self.serving = None  # the target that was logged last
+
+    def read_count(self):
+        """Return the number of users and when it last changed (an aware datetime), as of now.
+
+        Raises ServiceUnavailable if no target answers within READ_TIMEOUT_SECONDS.
+        """
+        deadline = time.monotonic() + READ_TIMEOUT_SECONDS
+        failures = {}
+        for pool, untried in self.candidates(failures):
+            now = time.monotonic()
+            if now >= deadline:
+                break
+            try:
+                count = pool.read_count(now + (deadline - now) / untried)
+            except (psycopg2.Error, TimeoutError) as error:
+                failures[pool.target] = error
+                pool.closeall()
+                self.pool = None
+            else:
+                failures.pop(pool.target, None)  # a lost connection, not an outage
+                self.pool = pool
+                self.log_failures(failures)
+                self.log_success(pool.target)
+                return count
+        self.log_failures(failures)
+        raise ServiceUnavailable("The count is temporarily unavailable.", retry_after=1)
+
+    def candidates(self, failures):
+        """Yield the pools to try in turn, each with the number of targets left to try.
+
+        First the pool in use, unless it has expired; then new ones, of all targets in order. So
+        reads return to the first target by themselves. A connection that cannot be made or is
+        lost is tried again; a target that timed out is not.
+        """
+        if self.pool and time.monotonic() < self.pool.expires_at:
+            yield self.pool, len(self.targets)
+        elif self.pool:
+            self.pool.closeall()  # first, for there may be no other connection left to have
+            self.pool = None
+        self.targets = self.find_targets()
+        for number in range(CONNECTION_PASSES):
+            time.sleep(PASS_DELAY_SECONDS if number else 0)
+            targets = [
+                target
+                for target in self.targets
+                if not isinstance(failures.get(target), TimeoutError)
+            ]
+            for index, target in enumerate(targets):
+                yield TargetPool(target), len(targets) - index
+
+    def find_targets(self):
+        """Return the targets in the order of DB_HOST; a host that is unknown to DNS has none.
+
+        DNS may be silent for longer than a read may take, hence the threads. A name that does not
+        resolve any more keeps the addresses it had.
+        """
+        deadline = time.monotonic() + LOOKUP_TIMEOUT_SECONDS
+        for host in DB_HOSTS:
+            if host.startswith(("/", "@")):
+                self.addresses[host] = [None]
+            elif host not in self.lookups or not self.lookups[host].is_alive():
+                self.lookups[host] = threading.Thread(target=self.look_up, args=[host], daemon=True)
+                self.lookups[host].start()
+        for lookup in self.lookups.values():
+            lookup.join(max(0, deadline - time.monotonic()))
+        return [
+            Target(host, address, port)
+            for host, port in zip(DB_HOSTS, DB_PORTS, strict=True)
+            for address in self.addresses.get(host, [])
+        ]
+
+    def look_up(self, host):
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            app.logger.error("Cannot look up %s: %s", host, error.strerror)
+        else:
+            self.addresses[host] = list(dict.fromkeys(address[0] for *_, address in found))
+
+    def log_failures(self, failures):
+        """Log why targets could not be read: a line for each reason, not for each request."""
+        for target, error in failures.items():
+            outage = self.outages.setdefault(target, Outage())
+            outage.last_failed = time.monotonic()
+            reason = isinstance(error, psycopg2.Error) and error.diag.message_primary
+            reason = reason or " ".join(str(error).split())
+            if isinstance(error, psycopg2.errors.UndefinedTable):
+                reason += " (run python setup_db.py)"
+            if reason not in outage.reasons:
+                outage.reasons.add(reason)
+                app.logger.error("Database unavailable: %s: %s", target, reason)
+
+    def log_success(self, target):
+        if target != self.serving:
+            self.serving = target
+            app.logger.info("Reading from %s", target)
+        outage = self.outages.get(target)
+        if outage and time.monotonic() - outage.last_failed > RECOVERY_SECONDS:
+            seconds = outage.last_failed - outage.began
+            app.logger.info("Database available again: %s, after %.1f s", target, seconds)
+            del self.outages[target]
 
 
 # --- HTTP ---
 
 
-def answer(payload, status=200):
+def json_response(payload, status=200):
     """Return the response: `payload` as one line of JSON that no cache may keep."""
     return Response(
         json.dumps(payload) + "\n",
@@ -220,18 +320,18 @@ def iso_utc(moment):
 
 @app.get("/api/usercount")
 def usercount():
-    total_users, last_updated = read_count()
-    return answer({"totalUsers": total_users, "lastUpdated": iso_utc(last_updated)})
+    total_users, last_updated = request.environ["usercount.read"].result()
+    return json_response({"totalUsers": total_users, "lastUpdated": iso_utc(last_updated)})
 
 
 @app.get("/health")
 def health():
     try:
-        read_count()
+        request.environ["usercount.read"].result()
         status, connected = "healthy", True
     except ServiceUnavailable:
         status, connected = "unhealthy", False
-    return answer(
+    return json_response(
         {
             "status": status,
             "timestamp": iso_utc(datetime.now(timezone.utc)),
@@ -242,8 +342,8 @@ def health():
 
 
 @app.errorhandler(HTTPException)
-def error(error):
-    response = answer(
+def handle_http_error(error):
+    response = json_response(
         {"statusCode": error.code, "error": error.name, "message": error.description}, error.code
     )
     response.headers.extend(  # Allow, Retry-After
@@ -252,47 +352,68 @@ def error(error):
     return response
 
 
-class SharedAnswers:
-    """WSGI middleware: requests that wait for the same path share one answer of the application.
+class Batch:
+    """Requests that wait for the same read, and the responses made from it, by path."""
 
-    A request may get any answer that the application began to make after the request arrived, and
-    never an older one. So under load one answer is in the making for each path, and who arrives
-    meanwhile waits, together with the others, for the next. Errors are shared like the rest.
+    def __init__(self):
+        self.paths = set()
+        self.responses = {}
+        self.is_answered = threading.Event()
+
+
+class RequestCoalescer:
+    """WSGI middleware: requests that wait at the same time share one read and its responses.
+
+    A request may be answered with any read that began after the request arrived, and never with an
+    older one. So while one batch is being answered, the requests that arrive gather in the next.
+    Failed reads are shared like the others. The application gets the read as a Future in
+    environ["usercount.read"], and nothing of any client's request.
     """
 
-    def __init__(self, application, paths):
+    def __init__(self, application, paths, read):
         self.application = application
-        self.turns = {path: threading.Lock() for path in paths}  # held while an answer is made
-        self.next_answers = {}  # the answer, not begun yet, of those who wait for a path
-        self.next_answers_lock = threading.Lock()
+        self.environs = {path: create_environ(path) for path in paths}
+        self.read = read
+        self.turn = threading.Lock()  # held while a batch is being answered
+        self.next_batch = Batch()
+        self.next_batch_lock = threading.Lock()
 
     def __call__(self, environ, start_response):
-        path = "/" + environ["PATH_INFO"].lstrip("/")  # as Flask takes it
-        method = environ["REQUEST_METHOD"]
-        if path not in self.turns or method not in ("GET", "HEAD"):
+        path = "/" + environ["PATH_INFO"].lstrip("/")  # as Flask matches it
+        method = environ["REQUEST_METHOD"].upper()
+        if path not in self.environs or method not in ("GET", "HEAD"):
             return self.application(environ, start_response)
-        with self.next_answers_lock:
-            shared = self.next_answers.get(path)
-            is_first = shared is None
-            if is_first:
-                shared = self.next_answers[path] = Future()
+        with self.next_batch_lock:
+            batch = self.next_batch
+            is_first = not batch.paths
+            batch.paths.add(path)
         if is_first:
-            self.make_answer(path, shared, {**environ, "REQUEST_METHOD": "GET"})
-        status, headers, body = shared.result()
+            self.answer(batch)
+        batch.is_answered.wait()
+        body, status, headers = batch.responses[path]
         start_response(status, headers)
         return [] if method == "HEAD" else body
 
-    def make_answer(self, path, shared, environ):
-        is_crowded = self.turns[path].locked()
-        with self.turns[path]:
-            time.sleep(GATHER_SECONDS if is_crowded else 0)  # whoever is here by then comes along
-            del self.next_answers[path]  # and whoever comes from here on waits for the next one
+    def answer(self, batch):
+        has_to_wait = self.turn.locked()
+        with self.turn:
+            time.sleep(BATCH_DELAY_SECONDS if has_to_wait else 0)
+            with self.next_batch_lock:
+                self.next_batch = Batch()
             try:
-                response = Response.from_app(self.application, environ, buffered=True)
-                body, status, headers = response.get_wsgi_response(environ)
-                shared.set_result((status, headers, list(body)))
-            except BaseException as error:
-                shared.set_exception(error)
+                read = Future()
+                try:
+                    read.set_result(self.read())
+                except Exception as error:
+                    read.set_exception(error)
+                for path in batch.paths:
+                    environ = {**self.environs[path], "usercount.read": read}
+                    response = run_wsgi_app(self.application, environ, buffered=True)
+                    batch.responses[path] = response
+            finally:
+                batch.is_answered.set()
 
 
-app.wsgi_app = SharedAnswers(app.wsgi_app, {rule.rule for rule in app.url_map.iter_rules()})
+app.wsgi_app = RequestCoalescer(
+    app.wsgi_app, [rule.rule for rule in app.url_map.iter_rules()], Database().read_count
+)
