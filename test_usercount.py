@@ -812,7 +812,7 @@ def test_setup_leaves_the_counter_to_the_owner_of_user_list(
             cursor.execute(SCHEMA)
         else:
             cursor.execute(
-                "CREATE TABLE IF NOT EXISTS user_list (id int PRIMARY KEY, username text, email text)"
+                "CREATE TABLE IF NOT EXISTS user_list (id int, username text, email text)"
             )
             cursor.execute(f"RESET ROLE; REVOKE CREATE ON SCHEMA public FROM {owner}")
             cursor.execute(SCHEMA)
@@ -1397,16 +1397,17 @@ def assert_unavailable(answers):
 )
 def test_faults_are_answered_in_time_and_end_by_themselves(cluster, exposed_service, fault):
     assert exposed_service.get()[0] == 200
-    log_before = len(exposed_service.log.read_text())
+    before = len(exposed_service.log.read_text())
     with fault(cluster):
         assert_unavailable(exposed_service.get_at_once())
         assert exposed_service.get("/")[0] == 404
         assert_unavailable(exposed_service.get_at_once())
     wait_until(lambda: exposed_service.get()[0] == 200, seconds=5)
     assert {status for status, _, _ in exposed_service.get_at_once()} == {200}
-    log = exposed_service.log.read_text()[log_before:]
+    again = "Database available again: "
+    wait_until(lambda: exposed_service.get() and again in exposed_service.log.read_text()[before:])
+    log = exposed_service.log.read_text()[before:]
     assert 1 <= log.count("Database unavailable: ") <= 4
-    assert log.count("Database back after ") == 1
     assert "Traceback" not in log and len(log.splitlines()) <= 6
     if fault is without_schema:
         assert "run python setup_db.py" in log
