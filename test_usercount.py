@@ -9,7 +9,9 @@ import http.client
 import io
 import json
 import os
+import random
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -257,13 +259,13 @@ class Client:
 class Service(Client):
     """gunicorn, serving on a free port; its log is in `log`."""
 
-    def __init__(self, environment, folder):
+    def __init__(self, environment, folder, *arguments, code=HERE):
         super().__init__(free_port())
         self.log = folder / f"service-{self.port}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "usercount:app"],
-                cwd=HERE,
+                [sys.executable, "-m", "gunicorn", *(arguments or ["usercount:app"])],
+                cwd=code,
                 env=environment | {"PORT": str(self.port)},
                 stderr=log,
             )
@@ -276,8 +278,8 @@ class Service(Client):
 
 
 @contextmanager
-def running_service(environment, folder):
-    service = Service(environment, folder)
+def running_service(environment, folder, *arguments, **options):
+    service = Service(environment, folder, *arguments, **options)
     try:
         yield service
     finally:
@@ -1248,6 +1250,115 @@ def test_api_logs_slow_queries(service, cursor):
     )
 
 
+HOSTILE_REQUESTS = [
+    b"GET /api/usercount HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: \xff\x00@evil:99999\r\nAccept: nothing/here;q=-1\r\n\r\n",
+    b"GET /api/usercount HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+    b"GET /api/usercount HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n\r\nzz\r\n",
+    b"GET /health HTTP/1.1\r\nCookie: " + b"c=d; " * 1600 + b"\r\n\r\n",
+    b"get /api/usercount HTTP/1.0\r\nX-Forwarded-Host: a, b\r\n\r\n",
+    b"GET / HTTP/1\r\n\r\n",
+    b"GET /" + b"%" * 9000 + b" HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    b"POST /health HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET /health HTTP/1.1\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+    b"GET /api/usercount HTTP/1.1\r\nHost: x",
+]
+
+
+def send(port, data):
+    """Send raw bytes; return what comes back until the other side closes."""
+    with socket.create_connection(("127.0.0.1", port), RESPONSE_TIMEOUT_SECONDS) as client:
+        with suppress(ConnectionError):
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+        received = b""
+        with suppress(ConnectionError):
+            while part := client.recv(65536):
+                received += part
+        return received
+
+
+def test_api_no_client_changes_what_another_gets(service, cursor):
+    cursor.execute(ADD_USERS, (1, 42))
+    slow_down(cursor, 0.002)
+    is_done = threading.Event()
+
+    def attack(request):
+        while not is_done.is_set():
+            send(service.port, request)
+
+    with ThreadPoolExecutor(len(HOSTILE_REQUESTS)) as threads:
+        attacks = [threads.submit(attack, request) for request in HOSTILE_REQUESTS]
+        try:
+            assert {service.count() for _ in range(300)} == {42}
+        finally:
+            is_done.set()
+        for attack in attacks:
+            attack.result()
+    log = service.log.read_text()
+    assert "Traceback" not in log
+    assert re.search(
+        r"^\[[-\d]{10} [:\d]{8} \+\d{4}\] .* Invalid request .*Expected dot$", log, re.M
+    )
+
+
+def test_api_random_input_leaves_no_traceback(service):
+    generator = random.Random(1)
+    for _ in range(300):
+        request = bytearray(generator.choice(HOSTILE_REQUESTS)[:300])
+        for _ in range(generator.randrange(8)):
+            position = generator.randrange(len(request))
+            request[position : position + generator.randrange(3)] = generator.randbytes(2)
+        send(service.port, bytes(request))
+    assert "Traceback" not in service.log.read_text()
+    assert service.get()[0] == 200
+
+
+def test_api_takes_an_absolute_uri(service):
+    response = send(service.port, b"GET http://example.com/health HTTP/1.1\r\n\r\n")
+    assert response.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_api_cuts_off_clients_that_drip_or_never_read(service):
+    """And serves the others meanwhile, also when there are more than a thousand."""
+
+    def drip(client):
+        with suppress(OSError):
+            while True:
+                client.sendall(b"x")
+                time.sleep(0.5)
+
+    def flood(client):
+        with suppress(OSError):
+            while True:
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard_limit), hard_limit))
+    with ExitStack() as stack, ThreadPoolExecutor(4) as threads:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
+        address = "127.0.0.1", service.port
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(1200)]
+        began = time.monotonic()
+        hostile = [threads.submit(drip, client) for client in clients[:2]]
+        hostile += [threads.submit(flood, client) for client in clients[2:4]]
+        while not all(future.done() for future in hostile):
+            assert service.get()[0] == 200
+            assert time.monotonic() - began < 15
+            time.sleep(0.1)
+
+
+def test_api_sighup_serves_the_new_code(server, database, tmp_path):
+    for name in ("usercount.py", "gunicorn.conf.py"):
+        shutil.copy(HERE / name, tmp_path)
+    with running_service(environment(server, database), tmp_path, code=tmp_path) as service:
+        code = (tmp_path / "usercount.py").read_text()
+        (tmp_path / "usercount.py").write_text(code.replace('"totalUsers"', '"users"'))
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: '"users": 0' in service.get()[2])
+
+
 def test_api_works_without_gunicorn(server, database):
     client = Client(free_port())
     process = subprocess.Popen(
@@ -1367,7 +1478,7 @@ def full(cluster):
         with pytest.raises(psycopg2.OperationalError):
             while True:
                 connections.append(setup_db.connect(cluster.params, "postgres"))
-        yield
+        yield connections
     finally:
         for connection in connections:
             connection.close()
@@ -1496,25 +1607,91 @@ def test_faults_never_open_more_connections_than_the_reserve(cluster, exposed_se
                 assert cursor.fetchone()[0] <= usercount.MAX_IDLE_CONNECTIONS
 
 
-@pytest.mark.parametrize(
-    "fault", [Cluster.kill, lambda cluster: cluster.signal_all(signal.SIGSTOP)]
-)
-def test_faults_of_the_primary_leave_the_standby(fault, tmp_path):
-    with running_cluster() as primary:
-        with closing(setup_db.connect(primary.params, "postgres")) as connection:
-            connection.cursor().execute(SCHEMA)
-            connection.cursor().execute(ADD_USERS, (1, 5))
-        with running_cluster(primary) as standby:
-            both = {
-                name: f"{primary.params[name]},{standby.params[name]}" for name in ("host", "port")
-            }
-            settings = environment(primary.params | both, "postgres")
-            with running_service(settings, tmp_path) as service:
-                assert service.count() == 5
-                fault(primary)
-                wait_until(lambda: service.get()[0] == 200, seconds=3)
-                assert service.count() == 5
-                assert {status for status, _, _ in service.get_at_once()} == {200}
+@pytest.fixture(scope="module")
+def standby(cluster):
+    with running_cluster(cluster) as standby:
+        yield standby
+
+
+@pytest.mark.parametrize("fault", [stopped, killed, frozen])
+def test_faults_of_the_primary_cost_no_request_and_end_with_it(cluster, standby, tmp_path, fault):
+    """Connections are given up earlier here, so that reads return to the primary earlier."""
+    (tmp_path / "hasty.py").write_text(
+        "import usercount\nusercount.MAX_CONNECTION_AGE_SECONDS = 2\napp = usercount.app\n"
+    )
+    both = {name: f"{cluster.params[name]},{standby.params[name]}" for name in ("host", "port")}
+    settings = environment(cluster.params | both, "served", WEB_CONCURRENCY="2")
+    arguments = "--pythonpath", tmp_path, "hasty:app"
+    is_done = threading.Event()
+
+    def ask(path):
+        statuses = set()
+        while not is_done.is_set():
+            statuses.add(service.get(path)[0])
+        return statuses
+
+    with (
+        running_service(settings, tmp_path, *arguments) as service,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        users = service.count()
+        asking = [threads.submit(ask, path) for path in ("/api/usercount", "/health") * 2]
+        try:
+            with fault(cluster):
+                time.sleep(4)  # the fault's, not ours
+                assert service.count() == users
+            with (
+                closing(setup_db.connect(cluster.params, "served")) as primary,
+                closing(psycopg2.connect(**standby.params, dbname="served")) as replica,
+            ):
+                replica.autocommit = True
+                replica.cursor().execute("SELECT pg_wal_replay_pause()")
+                name = secrets.token_hex(4)
+                primary.cursor().execute(
+                    "INSERT INTO user_list (username, email) VALUES (%s, %s)", [name, name]
+                )
+                wait_until(lambda: [service.count() for _ in range(20)] == [users + 1] * 20)
+                replica.cursor().execute("SELECT pg_wal_replay_resume()")
+        finally:
+            is_done.set()
+        assert {status for future in asking for status in future.result()} == {200}
+        assert "Reading from" in service.log.read_text()
+        assert "Traceback" not in service.log.read_text()
+
+
+def test_faults_of_an_almost_full_server_are_none(cluster, tmp_path):
+    """One connection is enough for both routes, and whoever has it keeps it."""
+    settings = environment(cluster.params, "served", DB_USER="reader")
+    with running_service(settings, tmp_path) as service, full(cluster) as connections:
+        for connection in connections[-4:]:  # three of them are reserved for superusers
+            connection.close()
+        wait_until(lambda: service.get()[0] == 200)
+        for _ in range(10):
+            assert {status for status, _, _ in service.get_at_once()} == {200}
+        assert len(service.log.read_text().splitlines()) < 12
+
+
+def test_faults_of_dns_leave_the_addresses_that_were_known(monkeypatch):
+    known = socket.getaddrinfo
+    monkeypatch.setattr(usercount, "DB_HOSTS", ["localhost", "no-such-host.invalid", "/run"])
+    monkeypatch.setattr(usercount, "DB_PORTS", [1, 2, 3])
+    database = usercount.Database()
+    targets = database.find_targets()
+    assert targets[-1] == ("/run", None, 3)
+    assert {target.host for target in targets} == {"localhost", "/run"}
+
+    def fail(*arguments, **options):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    assert database.find_targets() == targets
+    is_over = threading.Event()
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: is_over.wait(20) and known("::1", 1)
+    )
+    assert database.find_targets() == targets  # DNS is silent
+    is_over.set()
+    wait_until(lambda: ("localhost", "::1", 1) in database.find_targets())
 
 
 def test_faults_do_not_keep_sigterm_from_answering_those_who_wait(cluster, tmp_path):
