@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -114,6 +115,10 @@ COUNT_SQL = f"""
     SET LOCAL statement_timeout = '{READ_TIMEOUT_SECONDS}s';
     SELECT total_users, last_updated FROM public.user_stats
 """
+
+
+# After these a new connection may succeed; after others the query would fail again.
+CONNECTION_ERRORS = psycopg2.OperationalError, psycopg2.InterfaceError
 
 
 class Target(NamedTuple):
@@ -228,8 +233,8 @@ class Database:
         """Yield the pools to try in turn, each with the number of targets left to try.
 
         First the pool in use, unless it has expired; then new ones, of all targets in order. So
-        reads return to the first target by themselves. A connection that cannot be made or is
-        lost is tried again; a target that timed out is not.
+        reads return to the first target by themselves. A target is tried again if its connection
+        could not be made or was lost, but not if it timed out or refused the query.
         """
         if self.pool and time.monotonic() < self.pool.expires_at:
             yield self.pool, len(self.targets)
@@ -237,12 +242,14 @@ class Database:
             self.pool.closeall()  # first, for there may be no other connection left to have
             self.pool = None
         self.targets = self.find_targets()
+        for host in {*DB_HOSTS} - {target.host for target in self.targets}:
+            failures[host] = TimeoutError("no address known")
         for number in range(CONNECTION_PASSES):
             time.sleep(PASS_DELAY_SECONDS if number else 0)
             targets = [
                 target
                 for target in self.targets
-                if not isinstance(failures.get(target), TimeoutError)
+                if target not in failures or isinstance(failures[target], CONNECTION_ERRORS)
             ]
             for index, target in enumerate(targets):
                 yield TargetPool(target), len(targets) - index
@@ -269,15 +276,15 @@ class Database:
         ]
 
     def look_up(self, host):
-        try:
+        with suppress(OSError):
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except OSError as error:
-            app.logger.error("Cannot look up %s: %s", host, error.strerror)
-        else:
             self.addresses[host] = list(dict.fromkeys(address[0] for *_, address in found))
 
     def log_failures(self, failures):
-        """Log why targets could not be read: a line for each reason, not for each request."""
+        """Log why targets could not be read: a line for each reason, not for each request.
+
+        A host without a known address stands in place of its targets.
+        """
         for target, error in failures.items():
             outage = self.outages.setdefault(target, Outage())
             outage.last_failed = time.monotonic()
@@ -293,11 +300,12 @@ class Database:
         if target != self.serving:
             self.serving = target
             app.logger.info("Reading from %s", target)
-        outage = self.outages.get(target)
-        if outage and time.monotonic() - outage.last_failed > RECOVERY_SECONDS:
-            seconds = outage.last_failed - outage.began
-            app.logger.info("Database available again: %s, after %.1f s", target, seconds)
-            del self.outages[target]
+        for failed in {target, target.host} & self.outages.keys():
+            outage = self.outages[failed]
+            if time.monotonic() - outage.last_failed > RECOVERY_SECONDS:
+                seconds = outage.last_failed - outage.began
+                app.logger.info("Database available again: %s, after %.1f s", failed, seconds)
+                del self.outages[failed]
 
 
 # --- HTTP ---
