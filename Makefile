@@ -1,4 +1,4 @@
-# Everything here runs in a virtual environment of its own, made on first use.
+# Everything runs in a virtual environment that is created on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -13,10 +13,10 @@ dev: .venv/installed  ## the same, reloading when the code changes
 test: .venv/installed  ## the tests, on an embedded PostgreSQL unless DB_HOST is set
 	$(BIN)/pytest
 
-bench: .venv/installed  ## the figures and the picture of the README
+bench: .venv/installed  ## the figures and the chart of the README
 	$(BIN)/python bench.py
 
-check: .venv/installed  ## style
+check: .venv/installed  ## lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

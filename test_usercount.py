@@ -1,8 +1,8 @@
-"""The promises of usercount, held against a real PostgreSQL and the real gunicorn.
+"""Tests what usercount promises, on a real PostgreSQL and the real gunicorn.
 
-By default the server is an embedded one. With DB_HOST set it is that one, where every test has a
-throw-away database and DB_NAME is never touched. What stops, kills or freezes a server always does
-so to an embedded one of its own. pytest -k api, triggers, setup or faults runs a part.
+The server is an embedded one or, with DB_HOST set, that one, where each test has a throw-away
+database and DB_NAME is never touched. Tests that stop, kill or freeze a server always use an
+embedded one of their own. pytest -k api, triggers, setup or faults runs a subset.
 """
 
 import http.client
@@ -36,9 +36,7 @@ HERE = Path(__file__).parent
 SCHEMA = (HERE / "schema.sql").read_text()
 TIMESTAMP_PATTERN = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 ADD_USERS = "INSERT INTO user_list (username, email) SELECT n, n FROM generate_series(%s, %s) AS n"
-RESPONSE_TIMEOUT_SECONDS = (
-    5  # the promise: every request is answered within, whatever the database does
-)
+RESPONSE_TIMEOUT_SECONDS = 5  # promised, whatever the database does
 
 # --- Servers, databases, services ---
 
@@ -60,7 +58,7 @@ class Cluster:
     """An embedded PostgreSQL on a port of its own, which a test may abuse freely."""
 
     def __init__(self, primary=None):
-        """Make it, as a streaming standby if a primary is given."""
+        """Create it, as a streaming standby if a primary is given."""
         self.folder = Path(tempfile.mkdtemp(prefix="usercount-"))
         self.folder.chmod(0o755)  # as root, the server runs as another user
         self.data = self.folder / "data"
@@ -116,7 +114,7 @@ class Cluster:
         return processes
 
     def kill(self):
-        """Crash: every process at once, so that nobody can clean up."""
+        """Crash: kill all processes at once, so that none can clean up."""
         psutil.wait_procs(self.signal_all(signal.SIGKILL))
 
     def remove(self):
@@ -137,7 +135,7 @@ def running_cluster(primary=None):
 
 @pytest.fixture(scope="session")
 def server():
-    """libpq's parameters of the server under test."""
+    """libpq parameters of the server under test."""
     if os.environ.get("DB_HOST"):
         yield setup_db.CONFIGURED_SERVER
     else:
@@ -146,7 +144,7 @@ def server():
 
 
 def environment(server, database, **settings):
-    """Return the environment of a program that uses `database`, without the settings of others."""
+    """Return the environment for a program that uses `database`, free of inherited settings."""
     names = ("DB_", "PG", "PORT", "APP_ENV", "WEB_CONCURRENCY", "GUNICORN_CMD_ARGS")
     inherited = {name: text for name, text in os.environ.items() if not name.startswith(names)}
     return inherited | {
@@ -224,13 +222,13 @@ def cursor(connect):
 
 
 class Client:
-    """Asks the service on a port of this machine."""
+    """Sends requests to a local port."""
 
     def __init__(self, port):
         self.port = port
 
     def request(self, method, path):
-        """Return status, headers and body; an answer that takes too long is an error."""
+        """Return status, headers and body; raise TimeoutError if the response takes too long."""
         connection = http.client.HTTPConnection(
             "127.0.0.1", self.port, timeout=RESPONSE_TIMEOUT_SECONDS
         )
@@ -246,7 +244,7 @@ class Client:
             return 0, {}, ""
 
     def get_at_once(self, number=30):
-        """Return the answers to `number` requests at once, on both routes in turn."""
+        """Return the responses to `number` concurrent requests, alternating between the routes."""
         with ThreadPoolExecutor(number) as threads:
             return list(threads.map(self.get, ["/api/usercount", "/health"] * (number // 2)))
 
@@ -327,7 +325,7 @@ def copy_two_users(cursor):
     cursor.copy_expert("COPY user_list (username, email) FROM STDIN", io.StringIO("x\tx\ny\ty\n"))
 
 
-WRITES = {  # what is done to the users 1, 2 and 3, and how many there are then
+WRITES = {  # what is done to the users 1, 2 and 3, and how many remain
     "insert": (ADD_USERS % (4, 4), 4),
     "many rows": (ADD_USERS % (4, 1003), 1003),
     "no rows": (ADD_USERS % (4, 3), 3),
@@ -410,7 +408,7 @@ def test_triggers_are_exact_for_a_snapshot_older_than_a_truncate(connect, databa
 
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
-def test_triggers_make_no_writer_wait_for_another(connect, database, isolation):
+def test_triggers_let_writers_go_on_without_waiting(connect, database, isolation):
     writers = [connect().cursor() for _ in range(3)]
     for number, writer in enumerate(writers):
         writer.execute("SET lock_timeout = '1s'")
@@ -426,7 +424,7 @@ def test_triggers_make_no_writer_wait_for_another(connect, database, isolation):
     assert_exact(writers[0], 15)
 
 
-def test_triggers_keep_the_counts_of_writers_that_have_ended(connect, database):
+def test_triggers_fold_rows_of_terminated_sessions(connect, database):
     for number in range(100):
         writer = connect()
         writer.cursor().execute(ADD_USERS, (number, number))
@@ -455,7 +453,7 @@ def test_triggers_fold_no_row_newer_than_the_transaction(connect, database):
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
 def test_triggers_move_to_a_new_row_after_many_writes(connect, database, isolation):
-    """Its old versions would make each further write of a transaction slower."""
+    """An upsert visits all old versions of its row."""
     writer, reader = connect().cursor(), connect().cursor()
     writer.execute(f"BEGIN ISOLATION LEVEL {isolation}")
     for n in range(600):
@@ -468,8 +466,8 @@ def test_triggers_move_to_a_new_row_after_many_writes(connect, database, isolati
     assert reader.fetchone() <= (256,)
 
 
-def test_triggers_do_not_wait_for_those_who_fold(connect, database):
-    """As after a restart, when process ids repeat and everybody finds the same rows to fold."""
+def test_triggers_do_not_wait_for_a_session_that_folds(connect, database):
+    """After a restart process ids repeat, and all sessions find the same rows to fold."""
     folding, writer = connect().cursor(), connect()
     folding.execute(
         "INSERT INTO user_counts (id, backend, users) VALUES (-1, -1, 1), (-2, %s, -1)",
@@ -592,7 +590,7 @@ def test_triggers_recalculation_is_not_misled_by_row_level_security(cursor, data
 
 
 def test_triggers_recalculations_take_turns(connect, database):
-    """Else two would find the same users missing, and both add them."""
+    """Otherwise two would find the same users missing, and both add them."""
     first, second, cursor = connect().cursor(), connect().cursor(), connect().cursor()
     cursor.execute("UPDATE user_counts SET users = -7 WHERE id = 0")
     first.execute("BEGIN; SELECT recalculate_user_count()")
@@ -605,7 +603,7 @@ def test_triggers_recalculations_take_turns(connect, database):
 
 
 def test_triggers_recalculation_loses_nothing_under_load(connect, database):
-    """Two sessions recalculate all the time while others sign up, drift and truncate."""
+    """Two sessions keep recalculating while others write and corrupt the count."""
     writers_done = threading.Event()
 
     def write(number):
@@ -708,7 +706,7 @@ CLASSIC_SCHEMA = """
 """
 
 
-def test_setup_takes_over_a_single_row_counter_under_load(
+def test_setup_replaces_a_single_row_counter_under_load(
     server, connect, cursor, empty_database, role
 ):
     cursor.execute(CLASSIC_SCHEMA)
@@ -800,7 +798,7 @@ def test_setup_upgrades_its_first_edition(server, cursor, empty_database, role):
 def test_setup_leaves_the_counter_to_the_owner_of_user_list(
     cursor, empty_database, role, existing, runs_as_owner
 ):
-    """Whoever runs it, and whatever default privileges say."""
+    """No matter who runs it and what default privileges say."""
     owner, reader = role[0], f"{role[0]}_reader"
     default = f"ALTER DEFAULT PRIVILEGES FOR ROLE {owner}, CURRENT_USER GRANT ALL ON"
     cursor.execute(
@@ -895,8 +893,8 @@ def test_setup_leaves_alone_what_it_does_not_recognize(server, cursor, empty_dat
     assert cursor.fetchone() == before
 
 
-def test_setup_runs_nobody_elses_code(connect, empty_database, role):
-    """A role plants overloads that fit better than pg_catalog's, and what else may get called."""
+def test_setup_never_runs_code_of_another_role(connect, empty_database, role):
+    """The other role plants overloads that match better than those in pg_catalog."""
     cursor, intruder = connect().cursor(), connect().cursor()
     cursor.execute(f"GRANT CREATE ON SCHEMA public TO {role[0]}; CREATE TABLE caught (name text)")
     cursor.execute("GRANT INSERT ON caught TO PUBLIC")
@@ -973,7 +971,7 @@ def test_setup_is_exact_whatever_the_default_isolation(connect, empty_database):
     assert_exact(cursor, 3)
 
 
-def test_setup_takes_over_a_user_list_with_rows(server, cursor, empty_database):
+def test_setup_adopts_a_user_list_with_rows(server, cursor, empty_database):
     cursor.execute("CREATE TABLE user_list (id int PRIMARY KEY, username text, email text)")
     cursor.execute("INSERT INTO user_list SELECT n FROM generate_series(1, 7) AS n")
     for _ in range(2):
@@ -1023,7 +1021,7 @@ def assert_one_line_error(done, *words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
-def test_setup_says_in_one_line_what_is_wrong(server, empty_database, cursor, role):
+def test_setup_reports_errors_in_one_line(server, empty_database, cursor, role):
     here = environment(server, empty_database)
     assert_one_line_error(run_setup(here, "sample"), "user_list", "python setup_db.py")
     for text in ("0", "-1", "many", "9" * 20):
@@ -1049,7 +1047,7 @@ def test_setup_says_in_one_line_what_is_wrong(server, empty_database, cursor, ro
         ("APP_ENV", "test"),
     ],
 )
-def test_setup_refuses_wrong_settings(server, name, text):
+def test_setup_rejects_invalid_settings(server, name, text):
     done = subprocess.run(
         [sys.executable, "-m", "gunicorn", "usercount:app"],
         cwd=HERE,
@@ -1062,7 +1060,7 @@ def test_setup_refuses_wrong_settings(server, name, text):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_setup_run_serves_an_embedded_server_and_ends_it(signum):
+def test_setup_run_starts_and_stops_everything(signum):
     folder = Path(tempfile.mkdtemp(prefix="usercount-"))
     for name in ("usercount.py", "setup_db.py", "schema.sql", "gunicorn.conf.py"):
         shutil.copy(HERE / name, folder)
@@ -1155,8 +1153,8 @@ def test_api_head_is_get_without_a_body(service):
     assert int(headers["Content-Length"]) == len(service.get("/api/usercount")[2])
 
 
-def test_api_a_defect_is_a_500_that_tells_nothing(service, cursor):
-    """The defect: a view whose last_updated is no time at all."""
+def test_api_internal_error_reveals_nothing(service, cursor):
+    """The error: a view whose last_updated is not a time."""
     cursor.execute("DROP VIEW user_stats")
     cursor.execute(
         "CREATE VIEW user_stats AS SELECT 1 AS id, 2 AS total_users, 'x' AS last_updated"
@@ -1178,8 +1176,8 @@ def test_api_serves_as_a_role_that_may_only_read_user_stats(
         assert service.count() == 0
 
 
-def test_api_shares_the_answers_to_each_way_of_writing_a_path(service, connect, database):
-    """Else each would be a read of its own, and together more than the pool has connections."""
+def test_api_coalesces_requests_however_the_path_is_written(service, connect, database):
+    """Otherwise each would be a read of its own."""
     with ThreadPoolExecutor(40) as threads:
         paths = ["//api/usercount", "/api/usercount"] * 100
         assert {status for status, _, _ in threads.map(service.get, paths)} == {200}
@@ -1188,16 +1186,16 @@ def test_api_shares_the_answers_to_each_way_of_writing_a_path(service, connect, 
     assert cursor.fetchone()[0] <= usercount.MAX_IDLE_CONNECTIONS
 
 
-def slow_down(cursor, seconds, also="NULL"):
-    """Make each read take its snapshot first and then its time."""
+def slow_down(cursor, seconds, column="NULL"):
+    """Make each read sleep after it has taken its snapshot."""
     cursor.execute("ALTER VIEW user_stats RENAME TO quick_stats")
     cursor.execute(
-        f"CREATE VIEW user_stats AS SELECT *, {also}, pg_sleep({seconds})::text FROM quick_stats"
+        f"CREATE VIEW user_stats AS SELECT *, {column}, pg_sleep({seconds})::text FROM quick_stats"
     )
 
 
 def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
-    """Each count is asked for right after a commit, while others ask all the time."""
+    """Reads right after each commit, while others keep reading."""
     slow_down(cursor, 0.005)  # so that a read is almost always under way when a request arrives
     is_done = threading.Event()
     settings = environment(server, database, WEB_CONCURRENCY="2")
@@ -1224,7 +1222,7 @@ def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
         assert all(load.result() > 0 for load in loads)
 
 
-def test_api_shares_reads_and_never_an_older_one(service, connect, database):
+def test_api_coalesces_requests_and_never_uses_an_older_read(service, connect, database):
     cursor = connect().cursor()
     cursor.execute("CREATE SEQUENCE reads")
     slow_down(cursor, 1, "nextval('reads')")
@@ -1321,7 +1319,7 @@ def test_api_takes_an_absolute_uri(service):
 
 
 def test_api_cuts_off_clients_that_drip_or_never_read(service):
-    """And serves the others meanwhile, also when there are more than a thousand."""
+    """And serves others meanwhile, though more than a thousand are connected."""
 
     def drip(client):
         with suppress(OSError):
@@ -1376,7 +1374,7 @@ def test_api_works_without_gunicorn(server, database):
         process.wait(10)
 
 
-# --- Whatever the database does ---
+# --- Faults ---
 
 
 @pytest.fixture(scope="module")
@@ -1447,7 +1445,7 @@ TERMINATE = (
 
 
 def renamed(cluster):
-    """Others may connect between the two statements; then it is tried again."""
+    """Retried if somebody connects between the two statements."""
     rename = "ALTER DATABASE {} RENAME TO {}".format
     return executed(
         cluster,
@@ -1506,7 +1504,7 @@ def assert_unavailable(answers):
     "fault",
     [stopped, killed, frozen, locked, renamed, without_schema, without_right, full],
 )
-def test_faults_are_answered_in_time_and_end_by_themselves(cluster, exposed_service, fault):
+def test_faults_are_answered_in_time_and_recovered_from(cluster, exposed_service, fault):
     assert exposed_service.get()[0] == 200
     before = len(exposed_service.log.read_text())
     with fault(cluster):
@@ -1546,7 +1544,7 @@ def test_faults_of_the_address_are_answered_in_time(listener, tmp_path):
         assert "secret" not in service.log.read_text()
 
 
-def test_faults_of_idle_connections_cost_nobody_an_error(cluster, exposed_service):
+def test_faults_of_idle_connections_fail_no_request(cluster, exposed_service):
     is_done = threading.Event()
 
     def ask():
@@ -1580,23 +1578,23 @@ def test_faults_leave_a_restarted_server_without_an_error(cluster, exposed_servi
     assert {status for status, _, _ in exposed_service.get_at_once()} == {200}
 
 
-def test_faults_stop_on_the_server_what_nobody_waits_for(cluster, exposed_service):
+def test_faults_cancel_abandoned_queries_on_the_server(cluster, exposed_service):
     with locked(cluster):
         assert_unavailable(exposed_service.get_at_once())
         with closing(setup_db.connect(cluster.params, "postgres")) as admin:
             cursor = admin.cursor()
 
-            def is_nobody_left():
+            def are_queries_gone():
                 cursor.execute(
                     "SELECT count(*) FROM pg_stat_activity"
                     " WHERE usename = 'reader' AND state = 'active'"
                 )
                 return cursor.fetchone() == (0,)
 
-            wait_until(is_nobody_left)
+            wait_until(are_queries_gone)
 
 
-def test_faults_never_open_more_connections_than_the_reserve(cluster, exposed_service):
+def test_faults_never_open_more_connections_than_the_pool_keeps(cluster, exposed_service):
     with closing(setup_db.connect(cluster.params, "postgres")) as admin:
         cursor = admin.cursor()
         with ThreadPoolExecutor(10) as threads:
@@ -1615,7 +1613,7 @@ def standby(cluster):
 
 @pytest.mark.parametrize("fault", [stopped, killed, frozen])
 def test_faults_of_the_primary_cost_no_request_and_end_with_it(cluster, standby, tmp_path, fault):
-    """Connections are given up earlier here, so that reads return to the primary earlier."""
+    """With a shorter connection age than usual, so that reads return to the primary sooner."""
     (tmp_path / "hasty.py").write_text(
         "import usercount\nusercount.MAX_CONNECTION_AGE_SECONDS = 2\napp = usercount.app\n"
     )
@@ -1660,7 +1658,7 @@ def test_faults_of_the_primary_cost_no_request_and_end_with_it(cluster, standby,
 
 
 def test_faults_of_an_almost_full_server_are_none(cluster, tmp_path):
-    """One connection is enough for both routes, and whoever has it keeps it."""
+    """One connection is enough for both routes."""
     settings = environment(cluster.params, "served", DB_USER="reader")
     with running_service(settings, tmp_path) as service, full(cluster) as connections:
         for connection in connections[-4:]:  # three of them are reserved for superusers
@@ -1694,7 +1692,7 @@ def test_faults_of_dns_leave_the_addresses_that_were_known(monkeypatch):
     wait_until(lambda: ("localhost", "::1", 1) in database.find_targets())
 
 
-def test_faults_do_not_keep_sigterm_from_answering_those_who_wait(cluster, tmp_path):
+def test_faults_do_not_keep_sigterm_from_answering_waiting_requests(cluster, tmp_path):
     service = Service(environment(cluster.params, "served"), tmp_path)
     with ThreadPoolExecutor(8) as threads, locked(cluster) as _:
         waiting = [threads.submit(service.get) for _ in range(8)]
