@@ -10,7 +10,7 @@
 -- terminated sessions are folded into those of new ones, which only moves numbers from row to row:
 -- the sum never depends on who is alive.
 --
--- Locks are taken in this order: user_list, then user_counts. A sign-up takes what any INSERT takes.
+-- Locks are taken in this order: user_list, user_counts. A sign-up takes what any INSERT takes.
 -- TRUNCATE of user_list blocks readers of the count too. Running this file blocks writers until it
 -- commits, and readers as well where it converts user_list or replaces a single-row counter.
 --
@@ -19,9 +19,10 @@
 --
 -- PostgreSQL 15 or later. Safe to run again at any time; it never drops a user.
 
-BEGIN ISOLATION LEVEL READ COMMITTED;
--- A superuser may be running this: nothing that others have created in public must be called.
+BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+-- A superuser may be running this: nothing that others have created must be called.
 SET LOCAL search_path = pg_catalog, pg_temp;
+SET LOCAL constraint_exclusion = off;  -- plans a query without evaluating CHECKs
 SET LOCAL client_min_messages = warning;
 DO 'BEGIN PERFORM pg_advisory_xact_lock(hashtext(''usercount schema'')); END';  -- one at a time
 
@@ -35,90 +36,130 @@ CREATE TABLE IF NOT EXISTS public.user_list (
 
 -- What is there already -------------------------------------------------------------------------
 
--- From the lock to the end no row is inserted or deleted, so the triggers start from an exact count.
---
+-- From here to the end no row is inserted or deleted, so the triggers start from an exact count.
+DO $$
+BEGIN
+    IF (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_stats'))
+    OR 3 > (
+        SELECT count(*) FROM pg_attribute
+        WHERE attrelid = 'public.user_list'::regclass AND (attname, atttypid) IN (
+            ('id', 'bigint'::regtype),
+            ('created_at', 'timestamptz'::regtype),
+            ('updated_at', 'timestamptz'::regtype)))
+    THEN
+        LOCK TABLE public.user_list IN ACCESS EXCLUSIVE MODE;
+    ELSE
+        LOCK TABLE public.user_list IN SHARE ROW EXCLUSIVE MODE;
+    END IF;
+    IF (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_counts')) THEN
+        LOCK TABLE public.user_counts IN SHARE ROW EXCLUSIVE MODE;
+    END IF;
+END $$;
+
 -- Two counters are recognized: this one (also its first edition, without id) and the single-row
--- counter, a table user_stats(id, total_users, last_updated) that triggers of user_list keep by
--- update_user_count(). Anything else that has one of our names, or that depends on what would be
--- replaced, is an error.
+-- counter, a table user_stats(id, total_users, last_updated) with one row that triggers of user_list
+-- keep by update_user_count(). Anything else that has one of our names is an error: whoever created
+-- it beforehand would have its triggers fire with the rights of the counter's owner.
 DO $$
 DECLARE
     users CONSTANT regclass := 'public.user_list';
-    users_owner CONSTANT name := (SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = users);
+    users_owner CONSTANT oid := (SELECT relowner FROM pg_class WHERE oid = users);
     counts CONSTANT regclass := to_regclass('public.user_counts');
     stats CONSTANT regclass := to_regclass('public.user_stats');
     trigger_function CONSTANT regprocedure := to_regprocedure('public.update_user_count()');
-    id_sequence CONSTANT text := pg_get_serial_sequence('public.user_list', 'id');
-    runner CONSTANT text := current_setting('role');
-    converted_columns CONSTANT bigint := (
+    runner CONSTANT oid := (SELECT oid FROM pg_roles WHERE rolname = current_user);
+    superusers CONSTANT oid[] := (SELECT array_agg(oid) FROM pg_roles WHERE rolsuper);
+    needs_conversion CONSTANT boolean := 3 > (
         SELECT count(*) FROM pg_attribute
         WHERE attrelid = users AND (attname, atttypid) IN (
             ('id', 'bigint'::regtype),
             ('created_at', 'timestamptz'::regtype),
             ('updated_at', 'timestamptz'::regtype)));
     columns_of_counts CONSTANT text := (
-        SELECT string_agg(attname, ' ' ORDER BY attname) FROM pg_attribute
+        SELECT string_agg(concat_ws(' ', attname, atttypid::regtype, pg_get_expr(adbin, adrelid)), ', '
+            ORDER BY attname)
+        FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
         WHERE attrelid = counts AND attnum > 0 AND NOT attisdropped);
     columns_of_stats CONSTANT text := (
-        SELECT string_agg(attname, ' ' ORDER BY attname) FROM pg_attribute
-        WHERE attrelid = stats AND attnum > 0 AND NOT attisdropped);
-    is_first_edition CONSTANT boolean := columns_of_counts = 'backend last_updated users';
-    is_this_counter CONSTANT boolean :=
-        is_first_edition OR columns_of_counts = 'backend id last_updated users writes';
-    is_single_row_counter boolean := counts IS NULL
-        AND columns_of_stats = 'id last_updated total_users'
-        AND (SELECT relkind = 'r' FROM pg_class WHERE oid = stats);
+        SELECT string_agg(attname, ' ' ORDER BY attname)
+        FROM pg_attribute WHERE attrelid = stats AND attnum > 0 AND NOT attisdropped);
+    is_first_edition CONSTANT boolean := columns_of_counts = 'backend integer, '
+        'last_updated timestamp with time zone clock_timestamp(), users bigint';
+    is_this_counter CONSTANT boolean := EXISTS (
+        SELECT FROM pg_class
+        WHERE oid = counts AND relkind = 'r'
+        AND NOT (relhastriggers OR relhasrules OR relrowsecurity OR relhassubclass OR relchecks > 0)
+        AND (SELECT count(*) = 1 FROM pg_index WHERE indrelid = counts)
+        AND (is_first_edition OR columns_of_counts = 'backend integer pg_backend_pid(), id bigint, '
+            'last_updated timestamp with time zone clock_timestamp(), users bigint, writes bigint 1'));
+    is_single_row_counter CONSTANT boolean := counts IS NULL AND EXISTS (
+        SELECT FROM pg_class JOIN pg_trigger ON tgrelid = users AND tgfoid = trigger_function
+        WHERE pg_class.oid = stats AND relkind = 'r'
+        AND columns_of_stats = 'id last_updated total_users');
     unrecognized text;
+    unsafe text;
     command text;
     replaced text[] := '{}';
 BEGIN
-    IF converted_columns = 3 AND NOT is_single_row_counter THEN
-        LOCK TABLE public.user_list IN SHARE ROW EXCLUSIVE MODE;
-    ELSE
-        LOCK TABLE public.user_list IN ACCESS EXCLUSIVE MODE;
-    END IF;
-    IF is_single_row_counter THEN
-        is_single_row_counter := (SELECT count(*) = 1 FROM public.user_stats);
-    END IF;
-
-    -- Whoever creates a table or a function under one of our names beforehand would have a trigger on
-    -- it fire, or its body run, with the rights of the counter's owner.
-    SELECT pg_describe_object(catalog, named.oid, 0) || ', owned by ' || pg_get_userbyid(owner)
-    INTO unrecognized
-    FROM (
-        SELECT 'pg_class'::regclass AS catalog, oid, relname AS name, relowner AS owner, relkind
-        FROM pg_class WHERE oid IN (counts, stats, to_regclass('public.user_counts_id_seq'),
-            to_regclass('public.replaced_user_stats'))
+    SELECT description INTO unrecognized FROM (
+        SELECT pg_describe_object('pg_class'::regclass, oid, 0) || ' of ' || relowner::regrole
+        FROM pg_class
+        WHERE oid = users AND relkind NOT IN ('r', 'p')
+        OR oid = to_regclass('public.replaced_user_stats')
+        OR oid IN (counts, stats, to_regclass('public.user_counts_id_seq'))
+        AND (relowner <> ALL (users_owner || superusers)
+            OR NOT (is_this_counter OR is_single_row_counter AND oid = stats)
+            OR oid = stats AND is_this_counter AND relkind <> 'v')
         UNION ALL
-        SELECT 'pg_proc'::regclass, oid, proname, proowner, 'f'
-        FROM pg_proc WHERE oid IN (trigger_function,
-            to_regprocedure('public.recalculate_user_count()'),
-            to_regprocedure('public.remove_user_count(bigint)'),
-            to_regprocedure('public.fold_user_counts()'),
-            to_regprocedure('public.set_user_updated_at()'))) AS named
-    WHERE NOT coalesce(is_this_counter OR is_single_row_counter, false)
-    OR name = 'replaced_user_stats'
-    OR name = 'user_stats' AND is_this_counter AND relkind <> 'v'
-    OR pg_get_userbyid(owner) <> users_owner
-    AND NOT (SELECT rolsuper FROM pg_roles WHERE pg_roles.oid = owner);
-    IF unrecognized IS NULL THEN
-        SELECT pg_describe_object('pg_trigger'::regclass, pg_trigger.oid, 0) || ', which calls ' || proname
-        INTO unrecognized
+        SELECT pg_describe_object('pg_proc'::regclass, oid, 0) || ' of ' || proowner::regrole
+        FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace
+        AND proname IN ('update_user_count', 'recalculate_user_count', 'set_user_updated_at')
+        AND (proowner <> ALL (users_owner || superusers)
+            OR NOT (is_this_counter OR is_single_row_counter AND proname <> 'set_user_updated_at'))
+        UNION ALL
+        SELECT pg_describe_object('pg_trigger'::regclass, pg_trigger.oid, 0) || ', calling ' || proname
         FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
         WHERE NOT tgisinternal AND (
-            tgrelid <> users AND tgfoid = trigger_function AND is_single_row_counter
-            OR tgrelid = users AND tgfoid IS DISTINCT FROM trigger_function
-            AND (is_single_row_counter AND prosrc ILIKE '%user_stats%'
-                OR tgname IN ('user_insert_trigger', 'user_delete_trigger', 'user_truncate_trigger')
+            is_single_row_counter AND (
+                tgrelid = stats
+                OR tgrelid <> users AND tgfoid = trigger_function
+                OR tgrelid = users AND tgfoid <> trigger_function AND prosrc ILIKE '%user_stats%')
+            OR tgrelid = users AND (
+                tgname IN ('user_insert_trigger', 'user_delete_trigger', 'user_truncate_trigger')
+                AND tgfoid IS DISTINCT FROM trigger_function
                 OR tgname = 'user_update_trigger'
-                AND proname NOT IN ('set_user_updated_at', 'set_updated_at')));
-    END IF;
+                AND proname NOT IN ('set_user_updated_at', 'set_updated_at')))
+    ) AS found (description);
     IF unrecognized IS NOT NULL THEN
         RAISE 'not recognized as part of a counter: %; rename or drop it first', unrecognized;
     END IF;
 
-    IF converted_columns < 3 THEN
-        PERFORM set_config('role', users_owner, true);  -- ALTER TABLE calls what CHECKs call
+    -- Code of an owner who is no superuser must not run with the rights of another role.
+    IF runner <> users_owner AND users_owner <> ALL (superusers) THEN
+        SELECT description INTO unsafe FROM (
+            SELECT pg_describe_object(classid, objid, objsubid)
+            FROM pg_depend AS part JOIN pg_depend AS use USING (classid, objid, objsubid)
+            JOIN pg_proc ON use.refclassid = 'pg_proc'::regclass AND pg_proc.oid = use.refobjid
+            WHERE part.refclassid = 'pg_class'::regclass AND part.refobjid IN (users, stats)
+            AND classid NOT IN ('pg_trigger'::regclass, 'pg_rewrite'::regclass)
+            AND proowner <> ALL (superusers)
+            UNION ALL
+            SELECT pg_describe_object('pg_constraint'::regclass, oid, 0)
+            FROM pg_constraint WHERE conrelid = users AND contype = 'c' AND needs_conversion
+            UNION ALL
+            SELECT pg_describe_object('pg_type'::regclass, atttypid, 0)
+            FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+            WHERE attrelid = users AND needs_conversion AND typowner <> ALL (superusers)
+            UNION ALL
+            SELECT 'children of ' || oid::regclass FROM pg_class WHERE oid = users AND relhassubclass
+        ) AS found (description);
+        IF unsafe IS NOT NULL THEN
+            RAISE 'run this as %, because of %', users_owner::regrole, unsafe;
+        END IF;
+    END IF;
+
+    IF needs_conversion THEN
         ALTER TABLE public.user_list
             ADD COLUMN IF NOT EXISTS created_at timestamptz NOT NULL DEFAULT now(),
             ADD COLUMN IF NOT EXISTS updated_at timestamptz NOT NULL DEFAULT now();
@@ -126,98 +167,86 @@ BEGIN
             ALTER COLUMN id TYPE bigint,
             ALTER COLUMN created_at TYPE timestamptz,
             ALTER COLUMN updated_at TYPE timestamptz;
-        IF id_sequence IS NOT NULL THEN
-            EXECUTE 'ALTER SEQUENCE ' || id_sequence || ' AS bigint';
+        IF pg_get_serial_sequence('public.user_list', 'id') IS NOT NULL THEN
+            EXECUTE format('ALTER SEQUENCE %s AS bigint',
+                pg_get_serial_sequence('public.user_list', 'id'));
         END IF;
-        PERFORM set_config('role', runner, true);
     END IF;
     IF is_single_row_counter THEN
+        IF (SELECT count(*) <> 1 FROM public.user_stats) THEN
+            RAISE 'not recognized as part of a counter: table public.user_stats, not of one row';
+        END IF;
         FOR command IN
             SELECT format('DROP TRIGGER %I ON public.user_list', tgname)
             FROM pg_trigger WHERE tgrelid = users AND tgfoid = trigger_function
             UNION ALL
-            SELECT format('DROP INDEX %s', indexrelid::regclass)  -- UNIQUE has its own
-            FROM pg_index WHERE indrelid = users AND indexrelid IN (
+            SELECT format('DROP INDEX %s', indexrelid::regclass)
+            FROM pg_index AS plain WHERE indrelid = users AND NOT indisunique AND indpred IS NULL
+            AND indexrelid IN (
                 to_regclass('public.idx_user_list_username'),
                 to_regclass('public.idx_user_list_email'))
+            AND EXISTS (
+                SELECT FROM pg_index AS other WHERE indrelid = users AND indisunique
+                AND indpred IS NULL AND indexprs IS NULL AND other.indkey = plain.indkey)
+            UNION ALL
+            SELECT format('DROP FUNCTION %s', oid::regprocedure)
+            FROM pg_proc WHERE oid IN (trigger_function,
+                to_regprocedure('public.recalculate_user_count()'))
         LOOP
             EXECUTE command;
             replaced := replaced || command;
         END LOOP;
-        DROP FUNCTION IF EXISTS public.update_user_count(), public.recalculate_user_count();
         ALTER TABLE public.user_stats RENAME TO replaced_user_stats;
         RAISE INFO 'Replaced the single-row counter: %',
             array_to_string(replaced || 'DROP TABLE public.user_stats'::text, '; ');
-    ELSIF is_first_edition THEN
+    END IF;
+
+    IF is_first_edition THEN
         ALTER TABLE public.user_counts
             DROP CONSTRAINT user_counts_pkey,
             ALTER COLUMN backend SET DEFAULT pg_backend_pid(),
             ADD COLUMN id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
             ADD COLUMN writes bigint NOT NULL DEFAULT 1;
         RAISE INFO 'Upgraded public.user_counts.';
+    ELSIF counts IS NULL THEN
+        CREATE TABLE public.user_counts (
+            id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,  -- never reused; 0: corrections
+            backend integer NOT NULL DEFAULT pg_backend_pid(),       -- the process of the session
+            users bigint NOT NULL,                                   -- inserts minus deletes
+            writes bigint NOT NULL DEFAULT 1,                        -- versions this row has had
+            last_updated timestamptz NOT NULL DEFAULT clock_timestamp()
+        ) WITH (fillfactor = 50);                                    -- room for new versions
+    END IF;
+    IF to_regclass('public.user_stats') IS NULL THEN
+        CREATE VIEW public.user_stats AS
+        SELECT
+            1 AS id,
+            coalesce(sum(users), 0)::bigint AS total_users,
+            coalesce(max(last_updated), clock_timestamp()) AS last_updated
+        FROM public.user_counts;  -- empty for a snapshot older than a TRUNCATE
     END IF;
 END $$;
 
 -- The count -------------------------------------------------------------------------------------
 
-CREATE TABLE IF NOT EXISTS public.user_counts (
-    id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,  -- never used again; 0: corrections
-    backend integer NOT NULL DEFAULT pg_backend_pid(),       -- the process of the session
-    users bigint NOT NULL,                                   -- inserts minus deletes
-    writes bigint NOT NULL DEFAULT 1,                        -- versions that this row has had
-    last_updated timestamptz NOT NULL DEFAULT clock_timestamp()
-) WITH (fillfactor = 50);                                    -- room for new versions on the page
-
--- A snapshot older than a TRUNCATE finds no row, hence the second coalesce.
-CREATE OR REPLACE VIEW public.user_stats AS
-SELECT
-    1 AS id,
-    coalesce(sum(users), 0)::bigint AS total_users,
-    coalesce(max(last_updated), clock_timestamp()) AS last_updated
-FROM public.user_counts;
-
--- Removes the row that this session leaves and returns what it held. Always by the index: the planner
--- would scan a table that is small most of the time, but under a snapshot held open, or in a long
--- transaction, it is full of dead versions, and a scan for each move makes the whole quadratic.
-CREATE OR REPLACE FUNCTION public.remove_user_count(
-    row_id bigint, OUT users bigint, OUT last_updated timestamptz)
-LANGUAGE plpgsql
-SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
-BEGIN
-    DELETE FROM public.user_counts AS own
-    WHERE own.id = row_id AND own.backend = pg_backend_pid()
-    RETURNING own.users, own.last_updated INTO users, last_updated;
-END $$;
-
--- Removes the rows of terminated sessions, and what this process has left behind (after DISCARD ALL),
--- and returns what they held. The list of processes may be as old as the transaction: hence now().
-CREATE OR REPLACE FUNCTION public.fold_user_counts(OUT users bigint, OUT last_updated timestamptz)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    WITH folded AS (
-        DELETE FROM public.user_counts WHERE id IN (
-            SELECT id FROM public.user_counts AS own
-            WHERE id <> 0 AND (backend = pg_backend_pid() OR own.last_updated < now() AND NOT EXISTS (
-                SELECT FROM pg_stat_get_activity(NULL::integer) WHERE pid = backend))
-            FOR UPDATE SKIP LOCKED)
-        RETURNING user_counts.users, user_counts.last_updated)
-    SELECT sum(folded.users), max(folded.last_updated) INTO users, last_updated FROM folded;
-EXCEPTION WHEN serialization_failure THEN  -- REPEATABLE READ: another session has folded them
-    NULL;
-END $$;
-
 -- The setting usercount.row holds the id of the row in which this session counts; negative once that
--- row has been written 256 times, as the next write then moves to a new row: an upsert visits every
--- version of its row that cannot be pruned yet. Like the rows, settings follow rollbacks.
+-- row has been written 64 times, as the next write then moves to a new row: an upsert visits all
+-- versions of its row that cannot be pruned yet. Settings follow rollbacks, as the rows do.
 --
--- An upsert always finds its row by the index; for an UPDATE the planner would scan the table.
+-- For the same reason a row is written by upsert and removed with enable_seqscan off: both use the
+-- index, while the planner would rather scan a table that is small, if only in live rows.
+--
+-- No function of ours calls another: overloads with default arguments, which anybody may create in
+-- public, would make the call ambiguous.
 CREATE OR REPLACE FUNCTION public.update_user_count() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     row_id bigint := nullif(current_setting('usercount.row', true), '');
     row_writes bigint;
     change bigint;
-    inherited record;
+    inherited bigint;
+    inherited_at timestamptz;
+    seqscan text;
 BEGIN
     IF TG_TABLE_NAME <> 'user_list' OR TG_TABLE_SCHEMA <> 'public' THEN
         RETURN NULL;  -- the table has been renamed
@@ -238,25 +267,40 @@ BEGIN
             writes = own.writes + 1,
             last_updated = greatest(own.last_updated, excluded.last_updated)
         RETURNING writes INTO row_writes;
-        IF row_writes >= 256 THEN
+        IF row_writes >= 64 THEN
             PERFORM set_config('usercount.row', (-row_id)::text, false);
         END IF;
         RETURN NULL;
     END IF;
 
-    SELECT NULL::bigint AS users, NULL::timestamptz AS last_updated INTO inherited;
     IF current_setting('transaction_isolation') = 'serializable' THEN
         NULL;  -- reading rows of others could make it fail: rows wait for somebody else to fold them
-    ELSIF row_id < 0 THEN
-        SELECT * INTO inherited FROM public.remove_user_count(-row_id);
-    ELSE
-        SELECT * INTO inherited FROM public.fold_user_counts();
+    ELSIF row_id < 0 THEN  -- move to a new row
+        seqscan := current_setting('enable_seqscan');
+        PERFORM set_config('enable_seqscan', 'off', true);
+        DELETE FROM public.user_counts WHERE id = -row_id AND backend = pg_backend_pid()
+        RETURNING users, last_updated INTO inherited, inherited_at;
+        PERFORM set_config('enable_seqscan', seqscan, true);
+    ELSE  -- a session's first write: fold rows of terminated sessions, and of its own (DISCARD ALL)
+        BEGIN
+            WITH folded AS (
+                DELETE FROM public.user_counts WHERE id IN (
+                    SELECT id FROM public.user_counts
+                    WHERE id <> 0 AND (
+                        backend = pg_backend_pid()
+                        OR last_updated < now()  -- as old as the list of processes may be
+                        AND NOT EXISTS (
+                            SELECT FROM pg_stat_get_activity(NULL::integer) WHERE pid = backend))
+                    FOR UPDATE SKIP LOCKED)
+                RETURNING users, last_updated)
+            SELECT sum(users), max(last_updated) INTO inherited, inherited_at FROM folded;
+        EXCEPTION WHEN serialization_failure THEN  -- REPEATABLE READ: another session folded them
+            NULL;
+        END;
     END IF;
     row_id := nextval('public.user_counts_id_seq');
-    INSERT INTO public.user_counts AS own (id, users, last_updated) VALUES (
-        row_id,
-        change + coalesce(inherited.users, 0),
-        greatest(clock_timestamp(), inherited.last_updated))
+    INSERT INTO public.user_counts AS own (id, users, last_updated)
+    VALUES (row_id, change + coalesce(inherited, 0), greatest(clock_timestamp(), inherited_at))
     ON CONFLICT (id) DO UPDATE SET  -- somebody may have set usercount.row to this id by hand
         users = own.users + excluded.users,
         last_updated = greatest(own.last_updated, excluded.last_updated);
@@ -264,29 +308,37 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- Corrects the count, folds rows of terminated sessions and returns the number of users. It adds the
--- difference instead of setting a total, so sign-ups go on meanwhile and none is lost. A snapshot older
--- than a rewrite of user_list would see no rows in it, hence READ COMMITTED; and a row-level security
--- policy that applies to the owner is an error instead of a wrong count.
+-- Corrects the count, folds the rows of terminated sessions and returns the number of users. It adds
+-- the difference instead of setting a total, so sign-ups go on meanwhile and none is lost.
+--
+-- READ COMMITTED, as a snapshot older than a rewrite of user_list would see no rows in it. And a
+-- row-level security policy that applies to the owner is an error instead of a wrong count.
 CREATE OR REPLACE FUNCTION public.recalculate_user_count() RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 DECLARE
     counted bigint;
     missing bigint;
-    folded record;
 BEGIN
     IF current_setting('transaction_isolation') NOT LIKE 'read %' THEN
-        RAISE 'recalculate_user_count() needs READ COMMITTED' USING ERRCODE = 'active_sql_transaction';
+        RAISE 'recalculate_user_count() needs READ COMMITTED'
+            USING ERRCODE = 'active_sql_transaction';
     END IF;
     LOCK TABLE public.user_list IN ACCESS SHARE MODE;              -- no TRUNCATE meanwhile
     LOCK TABLE public.user_counts IN SHARE UPDATE EXCLUSIVE MODE;  -- one recalculation at a time
-    SELECT * INTO folded FROM public.fold_user_counts();
+    WITH folded AS (
+        DELETE FROM public.user_counts WHERE id IN (
+            SELECT id FROM public.user_counts
+            WHERE id <> 0 AND last_updated < now() AND NOT EXISTS (
+                SELECT FROM pg_stat_get_activity(NULL::integer) WHERE pid = backend)
+            FOR UPDATE SKIP LOCKED)
+        RETURNING users, last_updated)
     INSERT INTO public.user_counts AS corrections (id, backend, users, last_updated)
-    VALUES (0, 0, coalesce(folded.users, 0), coalesce(folded.last_updated, clock_timestamp()))
+    SELECT 0, 0, coalesce(sum(users), 0), coalesce(max(last_updated), clock_timestamp()) FROM folded
+    HAVING count(*) > 0 OR NOT EXISTS (SELECT FROM public.user_counts WHERE id = 0)
     ON CONFLICT (id) DO UPDATE SET
         users = corrections.users + excluded.users,
-        last_updated = greatest(corrections.last_updated, folded.last_updated);
+        last_updated = greatest(corrections.last_updated, excluded.last_updated);
     SELECT n, n - total_users INTO counted, missing                -- one statement, one snapshot
     FROM public.user_stats, (SELECT count(*) AS n FROM public.user_list) AS listed;
     IF missing <> 0 THEN
@@ -305,53 +357,61 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- The counter belongs to the owner of user_list, and nobody else has a right on it, whatever default
+-- The counter belongs to the owner of user_list, and others can only read user_stats, whatever default
 -- privileges say. Those who could read a replaced user_stats can read the view.
 DO $$
 DECLARE
-    users_owner CONSTANT regrole :=
-        (SELECT relowner FROM pg_class WHERE oid = 'public.user_list'::regclass);
+    users CONSTANT regclass := 'public.user_list';
+    users_owner CONSTANT oid := (SELECT relowner FROM pg_class WHERE oid = users);
+    counts CONSTANT regclass := 'public.user_counts';
+    counts_sequence CONSTANT regclass := pg_get_serial_sequence('public.user_counts', 'id');
+    stats CONSTANT regclass := 'public.user_stats';
     replaced_stats CONSTANT regclass := to_regclass('public.replaced_user_stats');
-    object text;
+    functions CONSTANT regprocedure[] := ARRAY[
+        'public.update_user_count()',
+        'public.recalculate_user_count()',
+        'public.set_user_updated_at()'];
     command text;
 BEGIN
-    FOREACH object IN ARRAY ARRAY[
-        'TABLE public.user_counts',
-        'VIEW public.user_stats',
-        'FUNCTION public.remove_user_count(bigint)',
-        'FUNCTION public.fold_user_counts()',
-        'FUNCTION public.update_user_count()',
-        'FUNCTION public.recalculate_user_count()',
-        'FUNCTION public.set_user_updated_at()']
+    FOR command IN
+        SELECT format('ALTER %s %s OWNER TO %s',
+            CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, oid::regclass, users_owner::regrole)
+        FROM pg_class WHERE oid IN (counts, stats) AND relowner <> users_owner
+        UNION ALL
+        SELECT format('ALTER FUNCTION %s OWNER TO %s', oid::regprocedure, users_owner::regrole)
+        FROM pg_proc WHERE oid = ANY (functions) AND proowner <> users_owner
     LOOP
-        EXECUTE format('ALTER %s OWNER TO %s', object, users_owner);
+        EXECUTE command;
     END LOOP;
     FOR command IN
-        SELECT format('REVOKE ALL ON %s FROM %s CASCADE', name,
+        SELECT format('REVOKE ALL ON %s FROM %s CASCADE', object,
             CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END)
         FROM (
-            SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || oid::regclass, relacl
-            FROM pg_class WHERE oid IN ('public.user_counts'::regclass,
-                pg_get_serial_sequence('public.user_counts', 'id')::regclass)
-            UNION ALL
             SELECT 'FUNCTION ' || oid::regprocedure, coalesce(proacl, acldefault('f', proowner))
-            FROM pg_proc WHERE oid IN (
-                'public.remove_user_count(bigint)'::regprocedure,
-                'public.fold_user_counts()'::regprocedure,
-                'public.update_user_count()'::regprocedure,
-                'public.recalculate_user_count()'::regprocedure)) AS granted (name, acl),
-            aclexplode(acl)
+            FROM pg_proc WHERE oid = ANY (functions)
+            UNION ALL
+            SELECT 'SEQUENCE ' || oid::regclass, relacl FROM pg_class WHERE oid = counts_sequence
+            UNION ALL
+            SELECT 'TABLE ' || oid::regclass, relacl FROM pg_class WHERE oid = counts
+            UNION ALL
+            SELECT 'TABLE ' || attrelid::regclass, attacl FROM pg_attribute WHERE attrelid = counts
+        ) AS granted (object, acl), aclexplode(acl)
         WHERE grantee <> users_owner
         UNION ALL
-        SELECT format('GRANT SELECT ON public.user_stats TO %s',
+        SELECT format('REVOKE %s ON public.user_stats FROM %s CASCADE', privilege_type,
             CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END)
-        FROM pg_class, aclexplode(coalesce(relacl, acldefault('r', relowner)))
-        WHERE oid = replaced_stats AND privilege_type = 'SELECT'
+        FROM pg_class, aclexplode(relacl)
+        WHERE oid = stats AND grantee <> users_owner AND privilege_type <> 'SELECT'
         UNION ALL
-        SELECT format('GRANT SELECT (%I) ON public.user_stats TO %s', attname,
+        SELECT format('GRANT SELECT%s ON public.user_stats TO %s', columns,
             CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END)
-        FROM pg_attribute, aclexplode(attacl)
-        WHERE attrelid = replaced_stats AND privilege_type = 'SELECT'
+        FROM (
+            SELECT '', coalesce(relacl, acldefault('r', relowner))
+            FROM pg_class WHERE oid = replaced_stats
+            UNION ALL
+            SELECT format(' (%I)', attname), attacl FROM pg_attribute WHERE attrelid = replaced_stats
+        ) AS granted (columns, acl), aclexplode(acl)
+        WHERE privilege_type = 'SELECT'
     LOOP
         EXECUTE command;
     END LOOP;
