@@ -31,7 +31,8 @@ class Handler(PyWSGIHandler):
 
     def handle(self):
         self.socket.settimeout(KEEPALIVE_TIMEOUT_SECONDS)
-        self.timer = gevent.get_hub().loop.timer(REQUEST_TIMEOUT_SECONDS)
+        loop = gevent.get_hub().loop
+        self.timer = loop.timer(REQUEST_TIMEOUT_SECONDS, repeat=REQUEST_TIMEOUT_SECONDS)
         try:
             with suppress(OSError):  # the client is gone
                 super().handle()
@@ -44,19 +45,22 @@ class Handler(PyWSGIHandler):
 
     def read_requestline(self):
         gevent.sleep(0)  # a client that is quick to ask again must not keep the others waiting
-        self.timer.stop()
-        self.timer.start(self.cut_off)
+        self.timer.again(self.cut_off, update=True)  # from now on
+        self.environ = None
         return super().read_requestline()
 
     # gevent has Python's e-mail parser read the headers, which takes longer than all the rest.
 
     def read_request(self, raw_requestline):
-        """Read and parse the head of a request; raise ValueError if it is invalid."""
+        """Parse the head of a request; return whether it came. Raises ValueError if it is invalid."""
         self.requestline = raw_requestline.rstrip()
         head = [raw_requestline.encode("latin-1")]
         size = 0
         while head[-1] not in (b"\r\n", b"\n", b""):
-            head.append(self.rfile.readline(MAX_HEAD_BYTES))
+            try:
+                head.append(self.rfile.readline(MAX_HEAD_BYTES))
+            except OSError:  # the client is gone, or silent for too long
+                return False
             size += len(head[-1])
             if size > MAX_HEAD_BYTES:
                 raise ValueError("head too large")
@@ -82,9 +86,9 @@ class Handler(PyWSGIHandler):
         self.target = parse_url(self.path.encode("latin-1"))
         self.command = self.parser.get_method().decode()
         self.request_version = f"HTTP/{self.parser.get_http_version()}"
-        has_body = self.headers.get("content-length", "0") != "0"
-        has_body = has_body or "transfer-encoding" in self.headers
-        self.close_connection = has_body or not self.parser.should_keep_alive()
+        self.has_body = self.headers.get("content-length", "0") != "0"
+        self.has_body = self.has_body or "transfer-encoding" in self.headers
+        self.close_connection = self.has_body or not self.parser.should_keep_alive()
 
     def get_environ(self):
         self.wsgi_input = Input(self.rfile, 0)
@@ -102,8 +106,16 @@ class Handler(PyWSGIHandler):
             "SERVER_PROTOCOL": self.request_version,
             "REMOTE_ADDR": str(self.client_address[0]),
             "REMOTE_PORT": str(self.client_address[1]),
+            "RAW_URI": self.path,  # for the access log
             "wsgi.input": self.wsgi_input,
         }
+
+    def handle_one_response(self):
+        super().handle_one_response()
+        if self.has_body:  # closing before it is read would reset the connection, response and all
+            self.socket.shutdown(socket.SHUT_WR)
+            while self.rfile.read1(65536):
+                pass
 
     def finalize_headers(self):
         super().finalize_headers()
@@ -119,6 +131,10 @@ class Handler(PyWSGIHandler):
         head = [b"HTTP/1.1 " + self.status]
         head += [name + b": " + value for name, value in self.response_headers]
         self._sendall(b"\r\n".join([*head, b"", body]))
+
+    def log_request(self):
+        if self.environ:  # not for what could not be read
+            super().log_request()
 
     def log_error(self, msg, *args):
         self.server.log.write(msg % args if args else msg)  # with a timestamp, like the rest

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1404,16 +1405,29 @@ def test_api_no_client_changes_what_another_gets(service, cursor):
     )
 
 
-def test_api_random_input_leaves_no_traceback(service):
+@pytest.mark.parametrize("access_log", ["", "--access-logfile=-"])
+def test_api_random_input_leaves_no_traceback(server, database, tmp_path, access_log):
     generator = random.Random(1)
-    for _ in range(300):
-        request = bytearray(generator.choice(HOSTILE_REQUESTS)[:300])
-        for _ in range(generator.randrange(8)):
-            position = generator.randrange(len(request))
-            request[position : position + generator.randrange(3)] = generator.randbytes(2)
-        send(service.port, bytes(request))
-    assert "Traceback" not in service.log.read_text()
-    assert service.get()[0] == 200
+    settings = environment(server, database, GUNICORN_CMD_ARGS=access_log)
+    with running_service(settings, tmp_path) as service:
+        for _ in range(300):
+            request = bytearray(generator.choice(HOSTILE_REQUESTS)[:300])
+            for _ in range(generator.randrange(8)):
+                position = generator.randrange(len(request))
+                request[position : position + generator.randrange(3)] = generator.randbytes(2)
+            send(service.port, bytes(request))
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost:")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
+        assert service.get()[0] == 200
+        assert "Traceback" not in service.log.read_text()
+
+
+def test_api_answers_a_request_with_a_large_body(service):
+    response = send(
+        service.port, b"POST /health HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 5_000_000
+    )
+    assert response.startswith(b"HTTP/1.1 405 METHOD NOT ALLOWED\r\n")
 
 
 def test_api_takes_an_absolute_uri(service):
@@ -1444,9 +1458,13 @@ def test_api_cuts_off_clients_that_drip_or_never_read(service):
         began = time.monotonic()
         hostile = [threads.submit(drip, client) for client in clients[:2]]
         hostile += [threads.submit(flood, client) for client in clients[2:4]]
-        while not all(future.done() for future in hostile):
-            assert service.get()[0] == 200
+        patient = stack.enter_context(closing(http.client.HTTPConnection(*address)))
+        while not all(future.done() for future in hostile) or time.monotonic() - began < 13:
+            patient.request("GET", "/health")  # always on the same connection
+            response = patient.getresponse()
+            assert (response.status, bool(response.read())) == (200, True)
             assert time.monotonic() - began < 15
+            patient.auto_open = False
             time.sleep(0.1)
 
 

@@ -73,8 +73,11 @@ def parse_app_env(text):
     return text
 
 
+dotenv = Path(__file__).with_name(".env")
 try:
-    load_dotenv(Path(__file__).with_name(".env"))
+    if dotenv.exists() and not dotenv.is_file():
+        raise OSError("not a regular file")
+    load_dotenv(dotenv)
 except (OSError, ValueError) as error:  # unreadable, or not text
     sys.exit(f".env cannot be read: {error}")
 DB_HOSTS = read_setting("DB_HOST", "localhost", parse_hosts, "a host, or several with commas")
@@ -116,7 +119,6 @@ COUNT_SQL = f"""
     SELECT total_users, last_updated FROM public.user_stats
 """
 
-
 # After these a new connection may succeed; after others the query would fail again.
 CONNECTION_ERRORS = psycopg2.OperationalError, psycopg2.InterfaceError
 
@@ -152,6 +154,7 @@ class TargetPool(ThreadedConnectionPool):
         )
         self.minconn = MAX_IDLE_CONNECTIONS  # the pool closes what is returned above that
         self.target = target
+        self.has_logged_slow_query = False
         self.expires_at = time.monotonic() + MAX_CONNECTION_AGE_SECONDS
 
     def read_count(self, deadline):
@@ -165,7 +168,8 @@ class TargetPool(ThreadedConnectionPool):
                 wait(connection, deadline)
                 row = cursor.fetchone()
             milliseconds = (time.monotonic() - began) * 1000
-            if milliseconds > SLOW_QUERY_MILLISECONDS:
+            if milliseconds > SLOW_QUERY_MILLISECONDS and not self.has_logged_slow_query:
+                self.has_logged_slow_query = True
                 app.logger.warning("Slow query: %.0f ms", milliseconds)
             return row
         finally:
@@ -185,15 +189,14 @@ def wait(connection, deadline):
 
 @dataclass
 class Outage:
-    """Why a target has failed, since when, and when for the last time."""
+    """Why a target has failed, and when for the last time."""
 
-    began: float = field(default_factory=time.monotonic)
     last_failed: float = 0
     reasons: set = field(default_factory=set)
 
 
 class Database:
-    """Reads the count from the first target that answers. One read at a time, please."""
+    """Reads the count from the first target that answers; made for one read at a time."""
 
     def __init__(self):
         self.targets = []
@@ -276,7 +279,7 @@ class Database:
         ]
 
     def look_up(self, host):
-        with suppress(OSError):
+        with suppress(OSError, UnicodeError):  # UnicodeError: not a host name at all
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             self.addresses[host] = list(dict.fromkeys(address[0] for *_, address in found))
 
@@ -303,8 +306,7 @@ class Database:
         for failed in {target, target.host} & self.outages.keys():
             outage = self.outages[failed]
             if time.monotonic() - outage.last_failed > RECOVERY_SECONDS:
-                seconds = outage.last_failed - outage.began
-                app.logger.info("Database available again: %s, after %.1f s", failed, seconds)
+                app.logger.info("Database available again: %s", failed)
                 del self.outages[failed]
 
 
