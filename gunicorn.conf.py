@@ -52,7 +52,7 @@ class Handler(PyWSGIHandler):
     # gevent has Python's e-mail parser read the headers, which takes longer than all the rest.
 
     def read_request(self, raw_requestline):
-        """Parse the head of a request; return whether it came. Raises ValueError if it is invalid."""
+        """Parse the head of a request; return whether it came, raise ValueError if invalid."""
         self.requestline = raw_requestline.rstrip()
         head = [raw_requestline.encode("latin-1")]
         size = 0
