@@ -15,7 +15,7 @@
 -- commits, and readers as well where it converts user_list or replaces a single-row counter.
 --
 -- Writes that bypass triggers are not counted: disabled triggers, session_replication_role = replica,
--- logical replication. SELECT recalculate_user_count() corrects the count, even under load.
+-- logical replication, writing directly to a partition. recalculate_user_count() corrects the count.
 --
 -- PostgreSQL 15 or later. Safe to run again at any time; it never drops a user.
 
@@ -23,6 +23,7 @@ BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 -- A superuser may be running this: nothing that others have created must be called.
 SET LOCAL search_path = pg_catalog, pg_temp;
 SET LOCAL constraint_exclusion = off;  -- plans a query without evaluating CHECKs
+SET LOCAL quote_all_identifiers = off;  -- names are compared below
 SET LOCAL client_min_messages = warning;
 DO 'BEGIN PERFORM pg_advisory_xact_lock(hashtext(''usercount schema'')); END';  -- one at a time
 
@@ -36,195 +37,229 @@ CREATE TABLE IF NOT EXISTS public.user_list (
 
 -- What is there already -------------------------------------------------------------------------
 
--- From here to the end no row is inserted or deleted, so the triggers start from an exact count.
-DO $$
-BEGIN
-    IF (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_stats'))
-    OR 3 > (
-        SELECT count(*) FROM pg_attribute
-        WHERE attrelid = 'public.user_list'::regclass AND (attname, atttypid) IN (
-            ('id', 'bigint'::regtype),
-            ('created_at', 'timestamptz'::regtype),
-            ('updated_at', 'timestamptz'::regtype)))
-    THEN
-        LOCK TABLE public.user_list IN ACCESS EXCLUSIVE MODE;
-    ELSE
-        LOCK TABLE public.user_list IN SHARE ROW EXCLUSIVE MODE;
-    END IF;
-    IF (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_counts')) THEN
-        LOCK TABLE public.user_counts IN SHARE ROW EXCLUSIVE MODE;
-    END IF;
-END $$;
-
 -- Two counters are recognized: this one (also its first edition, without id) and the single-row
 -- counter, a table user_stats(id, total_users, last_updated) with one row that triggers of user_list
 -- keep by update_user_count(). Anything else that has one of our names is an error: whoever created
--- it beforehand would have its triggers fire with the rights of the counter's owner.
+-- it beforehand could have code run with the rights of the counter's owner.
 DO $$
 DECLARE
     users CONSTANT regclass := 'public.user_list';
-    users_owner CONSTANT oid := (SELECT relowner FROM pg_class WHERE oid = users);
-    counts CONSTANT regclass := to_regclass('public.user_counts');
-    stats CONSTANT regclass := to_regclass('public.user_stats');
-    trigger_function CONSTANT regprocedure := to_regprocedure('public.update_user_count()');
-    runner CONSTANT oid := (SELECT oid FROM pg_roles WHERE rolname = current_user);
-    superusers CONSTANT oid[] := (SELECT array_agg(oid) FROM pg_roles WHERE rolsuper);
     needs_conversion CONSTANT boolean := 3 > (
         SELECT count(*) FROM pg_attribute
         WHERE attrelid = users AND (attname, atttypid) IN (
             ('id', 'bigint'::regtype),
             ('created_at', 'timestamptz'::regtype),
             ('updated_at', 'timestamptz'::regtype)));
-    columns_of_counts CONSTANT text := (
-        SELECT string_agg(concat_ws(' ', attname, atttypid::regtype, pg_get_expr(adbin, adrelid)), ', '
-            ORDER BY attname)
-        FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-        WHERE attrelid = counts AND attnum > 0 AND NOT attisdropped);
-    columns_of_stats CONSTANT text := (
-        SELECT string_agg(attname, ' ' ORDER BY attname)
-        FROM pg_attribute WHERE attrelid = stats AND attnum > 0 AND NOT attisdropped);
-    is_first_edition CONSTANT boolean := columns_of_counts = 'backend integer, '
-        'last_updated timestamp with time zone clock_timestamp(), users bigint';
-    is_this_counter CONSTANT boolean := EXISTS (
-        SELECT FROM pg_class
-        WHERE oid = counts AND relkind = 'r'
-        AND NOT (relhastriggers OR relhasrules OR relrowsecurity OR relhassubclass OR relchecks > 0)
-        AND (SELECT count(*) = 1 FROM pg_index WHERE indrelid = counts)
-        AND (is_first_edition OR columns_of_counts = 'backend integer pg_backend_pid(), id bigint, '
-            'last_updated timestamp with time zone clock_timestamp(), users bigint, writes bigint 1'));
-    is_single_row_counter CONSTANT boolean := counts IS NULL AND EXISTS (
-        SELECT FROM pg_class JOIN pg_trigger ON tgrelid = users AND tgfoid = trigger_function
-        WHERE pg_class.oid = stats AND relkind = 'r'
-        AND columns_of_stats = 'id last_updated total_users');
-    unrecognized text;
-    unsafe text;
-    command text;
-    replaced text[] := '{}';
 BEGIN
-    SELECT description INTO unrecognized FROM (
-        SELECT pg_describe_object('pg_class'::regclass, oid, 0) || ' of ' || relowner::regrole
-        FROM pg_class
-        WHERE oid = users AND relkind NOT IN ('r', 'p')
-        OR oid = to_regclass('public.replaced_user_stats')
-        OR oid IN (counts, stats, to_regclass('public.user_counts_id_seq'))
-        AND (relowner <> ALL (users_owner || superusers)
-            OR NOT (is_this_counter OR is_single_row_counter AND oid = stats)
-            OR oid = stats AND is_this_counter AND relkind <> 'v')
-        UNION ALL
-        SELECT pg_describe_object('pg_proc'::regclass, oid, 0) || ' of ' || proowner::regrole
-        FROM pg_proc
-        WHERE pronamespace = 'public'::regnamespace
-        AND proname IN ('update_user_count', 'recalculate_user_count', 'set_user_updated_at')
-        AND (proowner <> ALL (users_owner || superusers)
-            OR NOT (is_this_counter OR is_single_row_counter AND proname <> 'set_user_updated_at'))
-        UNION ALL
-        SELECT pg_describe_object('pg_trigger'::regclass, pg_trigger.oid, 0) || ', calling ' || proname
-        FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
-        WHERE NOT tgisinternal AND (
-            is_single_row_counter AND (
-                tgrelid = stats
-                OR tgrelid <> users AND tgfoid = trigger_function
-                OR tgrelid = users AND tgfoid <> trigger_function AND prosrc ILIKE '%user_stats%')
-            OR tgrelid = users AND (
-                tgname IN ('user_insert_trigger', 'user_delete_trigger', 'user_truncate_trigger')
-                AND tgfoid IS DISTINCT FROM trigger_function
-                OR tgname = 'user_update_trigger'
-                AND proname NOT IN ('set_user_updated_at', 'set_updated_at')))
-    ) AS found (description);
-    IF unrecognized IS NOT NULL THEN
-        RAISE 'not recognized as part of a counter: %; rename or drop it first', unrecognized;
+    -- From here to the end no row is inserted or deleted, so the triggers start from an exact count.
+    IF needs_conversion
+    OR (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_stats')) THEN
+        LOCK TABLE public.user_list IN ACCESS EXCLUSIVE MODE;
+    ELSE
+        LOCK TABLE public.user_list IN SHARE ROW EXCLUSIVE MODE;
     END IF;
+    -- And nobody changes what is looked at now.
+    IF (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_counts')) THEN
+        LOCK TABLE public.user_counts IN SHARE ROW EXCLUSIVE MODE;
+    END IF;
+    IF (SELECT relkind = 'r' FROM pg_class WHERE oid = to_regclass('public.user_stats')) THEN
+        LOCK TABLE public.user_stats IN ACCESS EXCLUSIVE MODE;
+    END IF;
+    DECLARE
+        locked CONSTANT oid[] := (
+            SELECT array_agg(relation) FROM pg_locks
+            WHERE pid = pg_backend_pid()
+            AND mode IN ('ShareRowExclusiveLock', 'AccessExclusiveLock'));
+        users_owner CONSTANT oid := (SELECT relowner FROM pg_class WHERE oid = users);
+        counts CONSTANT regclass := to_regclass('public.user_counts');
+        stats CONSTANT regclass := to_regclass('public.user_stats');
+        trigger_function CONSTANT regprocedure := to_regprocedure('public.update_user_count()');
+        superusers CONSTANT oid[] := (SELECT array_agg(oid) FROM pg_roles WHERE rolsuper);
+        trusted CONSTANT oid[] :=
+            superusers || (SELECT oid FROM pg_roles WHERE rolname = current_user);
+        columns_of_counts CONSTANT text := (
+            SELECT string_agg(
+                concat_ws(' ', attname, atttypid::regtype, pg_get_expr(adbin, adrelid)),
+                ', ' ORDER BY attname)
+            FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+            WHERE attrelid = counts AND attnum > 0 AND NOT attisdropped);
+        columns_of_stats CONSTANT text := (
+            SELECT string_agg(attname, ' ' ORDER BY attname)
+            FROM pg_attribute WHERE attrelid = stats AND attnum > 0 AND NOT attisdropped);
+        is_first_edition CONSTANT boolean := columns_of_counts = 'backend integer, '
+            'last_updated timestamp with time zone clock_timestamp(), users bigint';
+        is_this_counter CONSTANT boolean := EXISTS (
+            SELECT FROM pg_class
+            WHERE oid = counts AND oid = ANY (locked) AND relkind = 'r'
+            AND NOT (relhastriggers OR relhasrules OR relrowsecurity OR relhassubclass)
+            AND relchecks = 0 AND (SELECT count(*) = 1 FROM pg_index WHERE indrelid = counts)
+            AND (is_first_edition OR columns_of_counts = 'backend integer pg_backend_pid(), '
+                'id bigint, last_updated timestamp with time zone clock_timestamp(), '
+                'users bigint, writes bigint 1'));
+        is_single_row_counter CONSTANT boolean := counts IS NULL AND EXISTS (
+            SELECT FROM pg_class
+            WHERE oid = stats AND oid = ANY (locked) AND relkind = 'r'
+            AND columns_of_stats = 'id last_updated total_users'
+            AND NOT (relhastriggers OR relhasrules OR relrowsecurity OR relhassubclass)
+            AND NOT EXISTS (SELECT FROM pg_statistic_ext WHERE stxrelid = stats)
+            AND NOT EXISTS (
+                SELECT FROM pg_index
+                WHERE indrelid = stats AND (indexprs IS NOT NULL OR indpred IS NOT NULL))
+            AND EXISTS (
+                SELECT FROM pg_trigger WHERE tgrelid = users AND tgfoid = trigger_function));
+        found text;
+        command text;
+        replaced text[] := '{}';
+        grants text[];
+    BEGIN
+        SELECT description INTO found FROM (
+            SELECT pg_describe_object('pg_class'::regclass, oid, 0) || ' of ' || relowner::regrole
+            FROM pg_class
+            WHERE oid = users AND relkind NOT IN ('r', 'p')
+            OR oid IN (counts, stats, to_regclass('public.user_counts_id_seq'))
+            AND (relowner <> ALL (users_owner || superusers)
+                OR NOT (is_this_counter OR is_single_row_counter AND oid = stats)
+                OR oid = stats AND is_this_counter AND relkind <> 'v')
+            UNION ALL
+            SELECT pg_describe_object('pg_proc'::regclass, oid, 0) || ' of ' || proowner::regrole
+            FROM pg_proc
+            WHERE pronamespace = 'public'::regnamespace
+            AND proname IN ('update_user_count', 'recalculate_user_count', 'set_user_updated_at')
+            AND (proowner <> ALL (users_owner || superusers)
+                OR NOT (is_this_counter
+                    OR is_single_row_counter AND proname <> 'set_user_updated_at'))
+            UNION ALL
+            SELECT pg_describe_object('pg_trigger'::regclass, pg_trigger.oid, 0)
+            FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+            WHERE NOT tgisinternal AND (
+                is_single_row_counter AND (
+                    tgrelid <> users AND tgfoid = trigger_function
+                    OR tgrelid = users AND tgfoid <> trigger_function
+                    AND prosrc ILIKE '%user_stats%')
+                OR tgrelid = users AND (
+                    tgname IN ('user_insert_trigger', 'user_delete_trigger', 'user_truncate_trigger')
+                    AND tgfoid IS DISTINCT FROM trigger_function
+                    OR tgname = 'user_update_trigger'
+                    AND proname NOT IN ('set_user_updated_at', 'set_updated_at')))
+        ) AS unrecognized (description);
+        IF found IS NOT NULL THEN
+            RAISE 'not recognized as part of a counter: %; rename or drop it, or change its owner', found;
+        END IF;
 
-    -- Code of an owner who is no superuser must not run with the rights of another role.
-    IF runner <> users_owner AND users_owner <> ALL (superusers) THEN
-        SELECT description INTO unsafe FROM (
+        -- Code of other roles must not run with the rights of this one, as it would where the planner
+        -- evaluates an expression of an index, or a conversion checks a constraint.
+        SELECT description INTO found FROM (
             SELECT pg_describe_object(classid, objid, objsubid)
             FROM pg_depend AS part JOIN pg_depend AS use USING (classid, objid, objsubid)
-            JOIN pg_proc ON use.refclassid = 'pg_proc'::regclass AND pg_proc.oid = use.refobjid
-            WHERE part.refclassid = 'pg_class'::regclass AND part.refobjid IN (users, stats)
-            AND classid NOT IN ('pg_trigger'::regclass, 'pg_rewrite'::regclass)
-            AND proowner <> ALL (superusers)
+            WHERE part.refclassid = 'pg_class'::regclass AND part.refobjid = users
+            AND classid NOT IN ('pg_trigger'::regclass, 'pg_rewrite'::regclass, 'pg_policy'::regclass)
+            AND users_owner <> ALL (trusted)
+            AND (
+                EXISTS (SELECT FROM pg_proc WHERE use.refclassid = 'pg_proc'::regclass
+                    AND oid = use.refobjid AND proowner <> ALL (trusted))
+                OR EXISTS (SELECT FROM pg_operator WHERE use.refclassid = 'pg_operator'::regclass
+                    AND oid = use.refobjid AND oprowner <> ALL (trusted)))
             UNION ALL
-            SELECT pg_describe_object('pg_constraint'::regclass, oid, 0)
-            FROM pg_constraint WHERE conrelid = users AND contype = 'c' AND needs_conversion
+            SELECT pg_describe_object('pg_class'::regclass, inhrelid, 0)
+            FROM pg_inherits WHERE inhparent = users AND users_owner <> ALL (trusted)
             UNION ALL
             SELECT pg_describe_object('pg_type'::regclass, atttypid, 0)
             FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
-            WHERE attrelid = users AND needs_conversion AND typowner <> ALL (superusers)
+            WHERE attrelid = users AND typowner <> ALL (trusted) AND needs_conversion
             UNION ALL
-            SELECT 'children of ' || oid::regclass FROM pg_class WHERE oid = users AND relhassubclass
-        ) AS found (description);
-        IF unsafe IS NOT NULL THEN
-            RAISE 'run this as %, because of %', users_owner::regrole, unsafe;
+            SELECT pg_describe_object('pg_constraint'::regclass, pg_constraint.oid, 0)
+            FROM pg_constraint JOIN pg_class ON pg_class.oid IN (conrelid, confrelid)
+            WHERE users IN (conrelid, confrelid) AND contype IN ('c', 'f')
+            AND relowner <> ALL (trusted) AND needs_conversion
+        ) AS unsafe (description);
+        IF found IS NOT NULL THEN
+            RAISE 'run this as % or without %', users_owner::regrole, found;
         END IF;
-    END IF;
 
-    IF needs_conversion THEN
-        ALTER TABLE public.user_list
-            ADD COLUMN IF NOT EXISTS created_at timestamptz NOT NULL DEFAULT now(),
-            ADD COLUMN IF NOT EXISTS updated_at timestamptz NOT NULL DEFAULT now();
-        ALTER TABLE public.user_list
-            ALTER COLUMN id TYPE bigint,
-            ALTER COLUMN created_at TYPE timestamptz,
-            ALTER COLUMN updated_at TYPE timestamptz;
-        IF pg_get_serial_sequence('public.user_list', 'id') IS NOT NULL THEN
-            EXECUTE format('ALTER SEQUENCE %s AS bigint',
-                pg_get_serial_sequence('public.user_list', 'id'));
+        IF needs_conversion THEN
+            ALTER TABLE public.user_list
+                ADD COLUMN IF NOT EXISTS created_at timestamptz NOT NULL DEFAULT now(),
+                ADD COLUMN IF NOT EXISTS updated_at timestamptz NOT NULL DEFAULT now();
+            ALTER TABLE public.user_list
+                ALTER COLUMN id TYPE bigint,
+                ALTER COLUMN created_at TYPE timestamptz,
+                ALTER COLUMN updated_at TYPE timestamptz;
+            IF pg_get_serial_sequence('public.user_list', 'id') IS NOT NULL THEN
+                EXECUTE format('ALTER SEQUENCE %s AS bigint',
+                    pg_get_serial_sequence('public.user_list', 'id'));
+            END IF;
         END IF;
-    END IF;
-    IF is_single_row_counter THEN
-        IF (SELECT count(*) <> 1 FROM public.user_stats) THEN
-            RAISE 'not recognized as part of a counter: table public.user_stats, not of one row';
+
+        IF is_single_row_counter THEN
+            IF (SELECT count(*) <> 1 FROM ONLY public.user_stats) THEN
+                RAISE 'not recognized as part of a counter: table public.user_stats, not of one row';
+            END IF;
+            grants := ARRAY(
+                SELECT format('GRANT SELECT%s ON public.user_stats TO %s', columns,
+                    CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END)
+                FROM (
+                    SELECT '', coalesce(relacl, acldefault('r', relowner))
+                    FROM pg_class WHERE oid = stats
+                    UNION ALL
+                    SELECT format(' (%I)', attname), attacl FROM pg_attribute WHERE attrelid = stats
+                ) AS granted (columns, acl), aclexplode(acl)
+                WHERE privilege_type = 'SELECT');
+            FOR command IN
+                SELECT format('DROP TRIGGER %I ON public.user_list', tgname)
+                FROM pg_trigger WHERE tgrelid = users AND tgfoid = trigger_function
+                UNION ALL
+                SELECT format('DROP INDEX %s', indexrelid::regclass)
+                FROM pg_index AS plain
+                WHERE indexrelid IN (to_regclass('public.idx_user_list_username'),
+                    to_regclass('public.idx_user_list_email'))
+                AND NOT indisunique AND indpred IS NULL AND EXISTS (
+                    SELECT FROM pg_index AS other
+                    WHERE indrelid = users AND indisunique AND indpred IS NULL AND indexprs IS NULL
+                    AND (other.indkey, other.indclass, other.indcollation)
+                        = (plain.indkey, plain.indclass, plain.indcollation))
+                UNION ALL
+                SELECT format('DROP FUNCTION %s', oid::regprocedure)
+                FROM pg_proc WHERE oid IN (
+                    trigger_function, to_regprocedure('public.recalculate_user_count()'))
+                UNION ALL
+                SELECT 'DROP TABLE public.user_stats'
+            LOOP
+                EXECUTE command;
+                replaced := replaced || command;
+            END LOOP;
+            RAISE INFO 'Replaced the single-row counter: %', array_to_string(replaced, '; ');
         END IF;
-        FOR command IN
-            SELECT format('DROP TRIGGER %I ON public.user_list', tgname)
-            FROM pg_trigger WHERE tgrelid = users AND tgfoid = trigger_function
-            UNION ALL
-            SELECT format('DROP INDEX %s', indexrelid::regclass)
-            FROM pg_index AS plain WHERE indrelid = users AND NOT indisunique AND indpred IS NULL
-            AND indexrelid IN (
-                to_regclass('public.idx_user_list_username'),
-                to_regclass('public.idx_user_list_email'))
-            AND EXISTS (
-                SELECT FROM pg_index AS other WHERE indrelid = users AND indisunique
-                AND indpred IS NULL AND indexprs IS NULL AND other.indkey = plain.indkey)
-            UNION ALL
-            SELECT format('DROP FUNCTION %s', oid::regprocedure)
-            FROM pg_proc WHERE oid IN (trigger_function,
-                to_regprocedure('public.recalculate_user_count()'))
-        LOOP
+        IF is_first_edition THEN
+            ALTER TABLE public.user_counts
+                DROP CONSTRAINT user_counts_pkey,
+                ALTER COLUMN backend SET DEFAULT pg_backend_pid(),
+                ADD COLUMN id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+                ADD COLUMN writes bigint NOT NULL DEFAULT 1;
+            RAISE INFO 'Upgraded public.user_counts.';
+        ELSIF counts IS NULL THEN  -- no IF NOT EXISTS: adopts nothing that has appeared meanwhile
+            CREATE TABLE public.user_counts (
+                id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,  -- never reused; 0: corrections
+                backend integer NOT NULL DEFAULT pg_backend_pid(),       -- the process of the session
+                users bigint NOT NULL,                                   -- inserts minus deletes
+                writes bigint NOT NULL DEFAULT 1,                        -- versions this row has had
+                last_updated timestamptz NOT NULL DEFAULT clock_timestamp()
+            ) WITH (fillfactor = 50);                                    -- room for new versions
+        END IF;
+        IF pg_get_serial_sequence('public.user_counts', 'id') <> 'public.user_counts_id_seq' THEN
+            RAISE 'not recognized as part of a counter: sequence public.user_counts_id_seq';
+        END IF;
+        IF stats IS NULL OR is_single_row_counter THEN
+            CREATE VIEW public.user_stats AS
+            SELECT
+                1 AS id,
+                coalesce(sum(users), 0)::bigint AS total_users,
+                coalesce(max(last_updated), clock_timestamp()) AS last_updated
+            FROM public.user_counts;  -- empty for a snapshot older than a TRUNCATE
+        END IF;
+        FOREACH command IN ARRAY coalesce(grants, '{}') LOOP  -- who could read the table, can still
             EXECUTE command;
-            replaced := replaced || command;
         END LOOP;
-        ALTER TABLE public.user_stats RENAME TO replaced_user_stats;
-        RAISE INFO 'Replaced the single-row counter: %',
-            array_to_string(replaced || 'DROP TABLE public.user_stats'::text, '; ');
-    END IF;
-
-    IF is_first_edition THEN
-        ALTER TABLE public.user_counts
-            DROP CONSTRAINT user_counts_pkey,
-            ALTER COLUMN backend SET DEFAULT pg_backend_pid(),
-            ADD COLUMN id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
-            ADD COLUMN writes bigint NOT NULL DEFAULT 1;
-        RAISE INFO 'Upgraded public.user_counts.';
-    ELSIF counts IS NULL THEN
-        CREATE TABLE public.user_counts (
-            id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,  -- never reused; 0: corrections
-            backend integer NOT NULL DEFAULT pg_backend_pid(),       -- the process of the session
-            users bigint NOT NULL,                                   -- inserts minus deletes
-            writes bigint NOT NULL DEFAULT 1,                        -- versions this row has had
-            last_updated timestamptz NOT NULL DEFAULT clock_timestamp()
-        ) WITH (fillfactor = 50);                                    -- room for new versions
-    END IF;
-    IF to_regclass('public.user_stats') IS NULL THEN
-        CREATE VIEW public.user_stats AS
-        SELECT
-            1 AS id,
-            coalesce(sum(users), 0)::bigint AS total_users,
-            coalesce(max(last_updated), clock_timestamp()) AS last_updated
-        FROM public.user_counts;  -- empty for a snapshot older than a TRUNCATE
-    END IF;
+    END;
 END $$;
 
 -- The count -------------------------------------------------------------------------------------
@@ -358,7 +393,7 @@ BEGIN
 END $$;
 
 -- The counter belongs to the owner of user_list, and others can only read user_stats, whatever default
--- privileges say. Those who could read a replaced user_stats can read the view.
+-- privileges say.
 DO $$
 DECLARE
     users CONSTANT regclass := 'public.user_list';
@@ -366,7 +401,6 @@ DECLARE
     counts CONSTANT regclass := 'public.user_counts';
     counts_sequence CONSTANT regclass := pg_get_serial_sequence('public.user_counts', 'id');
     stats CONSTANT regclass := 'public.user_stats';
-    replaced_stats CONSTANT regclass := to_regclass('public.replaced_user_stats');
     functions CONSTANT regprocedure[] := ARRAY[
         'public.update_user_count()',
         'public.recalculate_user_count()',
@@ -400,22 +434,15 @@ BEGIN
         UNION ALL
         SELECT format('REVOKE %s ON public.user_stats FROM %s CASCADE', privilege_type,
             CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END)
-        FROM pg_class, aclexplode(relacl)
-        WHERE oid = stats AND grantee <> users_owner AND privilege_type <> 'SELECT'
-        UNION ALL
-        SELECT format('GRANT SELECT%s ON public.user_stats TO %s', columns,
-            CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END)
         FROM (
-            SELECT '', coalesce(relacl, acldefault('r', relowner))
-            FROM pg_class WHERE oid = replaced_stats
+            SELECT relacl FROM pg_class WHERE oid = stats
             UNION ALL
-            SELECT format(' (%I)', attname), attacl FROM pg_attribute WHERE attrelid = replaced_stats
-        ) AS granted (columns, acl), aclexplode(acl)
-        WHERE privilege_type = 'SELECT'
+            SELECT attacl FROM pg_attribute WHERE attrelid = stats
+        ) AS granted (acl), aclexplode(acl)
+        WHERE grantee <> users_owner AND privilege_type <> 'SELECT'
     LOOP
         EXECUTE command;
     END LOOP;
-    DROP TABLE IF EXISTS public.replaced_user_stats;
 END $$;
 
 -- The triggers: one for each operation, as transition tables require ------------------------------

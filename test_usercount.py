@@ -988,6 +988,9 @@ ESCALATE = """
     END $$;
     CREATE FUNCTION harmless(bigint) RETURNS boolean LANGUAGE plpgsql IMMUTABLE
     AS 'BEGIN RETURN public.escalate(); END';
+    CREATE FUNCTION harmless(int, int) RETURNS boolean LANGUAGE plpgsql IMMUTABLE
+    AS 'BEGIN RETURN public.escalate(); END';
+    CREATE OPERATOR ### (FUNCTION = harmless, LEFTARG = int, RIGHTARG = int);
     CREATE FUNCTION fire() RETURNS trigger LANGUAGE plpgsql
     AS 'BEGIN PERFORM public.escalate(); RETURN NEW; END';
 """
@@ -1006,6 +1009,11 @@ TRAPS = {
     "a CHECK of user_list": "CREATE TABLE user_list (id int CHECK (harmless(id)));"
     "INSERT INTO user_list VALUES (1)",
     "an index of user_list": SCHEMA + "CREATE INDEX ON user_list (id) WHERE harmless(1)",
+    "an operator": SCHEMA + "CREATE INDEX ON user_list (id) WHERE 1 ### 2",
+    "a foreign key": CLASSIC_SCHEMA + "CREATE TABLE orders (user_id int REFERENCES user_list);"
+    "CREATE INDEX ON orders (user_id) WHERE harmless(1)",
+    "a child of user_stats": CLASSIC_SCHEMA + "CREATE TABLE child () INHERITS (user_stats);"
+    "CREATE INDEX ON child (id) WHERE harmless(1)",
     "a trigger of user_counts": COUNTS.format(kind="", when=""),
     "a deferred trigger": SCHEMA
     + COUNTS[COUNTS.index("CREATE {kind}") :].format(
