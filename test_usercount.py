@@ -7,6 +7,7 @@ embedded one of their own. pytest -k api, triggers, setup or faults runs a subse
 
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -24,11 +25,22 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import psycopg2
 import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    get_state_machine_test,
+    initialize,
+    invariant,
+    rule,
+)
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR
 
 import setup_db
 import usercount
@@ -93,7 +105,8 @@ class Cluster:
             )
 
     def start(self):
-        options = f"-h 127.0.0.1 -p {self.port} -k {self.data} -F -c max_connections=40"
+        options = f"-h 127.0.0.1 -p {self.port} -k {self.data} -F"
+        options += " -c max_connections=40 -c max_prepared_transactions=10"
         self.run("pg_ctl", "start", "-w", "-D", self.data, "-l", self.data / "log", "-o", options)
 
     def stop(self, mode="fast"):
@@ -480,6 +493,20 @@ def test_triggers_do_not_wait_for_a_session_that_folds(connect, database):
     assert_exact(folding, 2)
 
 
+def test_triggers_let_another_session_fold_what_a_snapshot_still_shows(connect, database):
+    first, second, gone = connect().cursor(), connect().cursor(), connect()
+    gone.cursor().execute(ADD_USERS, (1, 1))
+    pid = gone.info.backend_pid
+    gone.close()
+    processes = "SELECT FROM pg_stat_activity WHERE pid = %s"
+    wait_until(lambda: first.execute(processes, [pid]) or not first.rowcount)
+    first.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT total_users FROM user_stats")
+    second.execute(ADD_USERS, (2, 2))
+    first.execute(ADD_USERS, (3, 3))  # without a serialization failure
+    first.execute("COMMIT")
+    assert_exact(first, 3)
+
+
 @pytest.mark.parametrize("row", ["0", "-1", "1", "2", "999999999999"])
 def test_triggers_are_exact_whatever_usercount_row_is_set_to(connect, database, row):
     first, second = connect().cursor(), connect().cursor()
@@ -675,6 +702,311 @@ def test_triggers_need_rights_on_user_list_alone(cursor, database, role):
     assert cursor.fetchone() == (0,)
     cursor.execute("DROP TABLE pg_temp.user_counts; RESET SESSION AUTHORIZATION")
     assert_exact(cursor, 4)
+
+
+# --- The count under any interleaving of sessions ---
+
+# With HYPOTHESIS_PROFILE=thorough, pytest -k interleaving searches elsewhere each time, for long.
+IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+SEEDS = [secrets.randbits(32) for _ in range(300)] if IS_THOROUGH else range(15)
+SEARCH = settings(
+    max_examples=10,  # independent ones: what follows varies what has been tried
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+WAITED = psycopg2.errors.LockNotAvailable, psycopg2.errors.SerializationFailure
+REFUSED = (
+    *WAITED,
+    psycopg2.errors.UniqueViolation,
+    psycopg2.errors.ActiveSqlTransaction,  # a recalculation in REPEATABLE READ
+    psycopg2.errors.ObjectNotInPrerequisiteState,  # max_prepared_transactions = 0
+)
+ADD_ONE = "INSERT INTO user_list (username, email) VALUES ({}, {})".format
+TRIGGERS = "SELECT set_config('session_replication_role', '{}', true); ".format
+CHANGES = {  # statements, and the users that each adds, given the number of rows it reports
+    "insert": (ADD_ONE("'taken'", "{n}"), int),
+    "conflict": (ADD_ONE("'taken'", "{n}") + " ON CONFLICT DO NOTHING", int),
+    "upsert": (
+        "WITH upserted AS (" + ADD_ONE("'taken'", "{n}") + " ON CONFLICT (username)"
+        " DO UPDATE SET email = excluded.email RETURNING xmax = 0 AS is_new)"
+        " SELECT FROM upserted WHERE is_new",
+        int,
+    ),
+    "merge": (
+        "MERGE INTO user_list USING (SELECT id FROM user_list WHERE id % 3 = 0 UNION SELECT NULL)"
+        " AS listed ON user_list.id = listed.id WHEN MATCHED THEN DELETE"
+        " WHEN NOT MATCHED THEN INSERT (username, email) VALUES ({n}, {n})",
+        lambda rows: 2 - rows,
+    ),
+    "cascade": (
+        "INSERT INTO teams VALUES ({n}); INSERT INTO user_list (username, email, team)"
+        " VALUES ({n}, {n}, {n}); DELETE FROM teams WHERE id = {n}",
+        lambda rows: 0,
+    ),
+    "delete": ("DELETE FROM user_list WHERE id % 3 = {n} % 3", lambda rows: -rows),
+    "update": ("UPDATE user_list SET email = 'of ' || id WHERE id % 3 = 0", lambda rows: 0),
+    "recalculate": ("SELECT recalculate_user_count()", lambda rows: 0),
+    "recalculate after a bypass": (
+        f"{TRIGGERS('replica')}{ADD_ONE('{n}', '{n}')};"
+        f"{TRIGGERS('origin')}SELECT recalculate_user_count()",
+        int,
+    ),
+}
+ISOLATION_LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+ACTIONS = [  # methods and arguments, each as often as it is to be chosen
+    *itertools.product(["begin"], ISOLATION_LEVELS, [True, False, False]),
+    *itertools.product(["end"], ["COMMIT", "COMMIT", "ROLLBACK"] * 2),
+    *itertools.product(["sign_up"], ["INSERT", "INSERT", "COPY", "150 INSERTs"] * 4),
+    *itertools.product(["change"], CHANGES),
+    *itertools.product(["end_savepoint"], ["RELEASE s", "ROLLBACK TO s"]),
+    *itertools.product(["end_prepared"], ["COMMIT PREPARED", "ROLLBACK PREPARED"]),
+    *itertools.product(["reset"], ["DISCARD ALL", "DISCARD ALL", "schema.sql"]),
+    *itertools.product(["replace"], [True, False] * 2),
+    *[("prepare",), ("truncate",), ("look",)] * 3,
+]
+OPTIONAL = ["change", "look", "prepare", "replace", "reset", "truncate"]
+
+
+class Session:
+    """A connection, and what the model knows of it and of its open transaction."""
+
+    def __init__(self, number, connection):
+        self.number, self.connection, self.cursor = number, connection, connection.cursor()
+        self.backend_pid = connection.info.backend_pid
+        self.max_rows = 1  # in user_counts
+        self.has_prepared = False  # which its own row may have to wait for
+        self.end()
+
+    def __repr__(self):
+        return f"state.sessions[{self.number}]"
+
+    def end(self):
+        self.users_added = []  # none outside a transaction; one, and one more for each savepoint
+        self.isolation, self.is_watched, self.has_read = "READ COMMITTED", False, False
+
+
+class Interleaving(RuleBasedStateMachine):
+    """Three sessions on one database, which take turns, and the number of users committed.
+
+    A transaction that is not watched reads nothing unasked: it then keeps no TRUNCATE waiting, and
+    in SERIALIZABLE it is never to blame for a conflict.
+    """
+
+    def __init__(self, server, database):
+        super().__init__()
+        self.connections = ExitStack()
+        self.server, self.database = server | {"options": "-c lock_timeout=10ms"}, database
+        self.cursor = self.connect().cursor()
+        self.cursor.execute(
+            f"{TRIGGERS('replica')}TRUNCATE user_list, user_counts, teams RESTART IDENTITY;"
+            f"{TRIGGERS('origin')}SELECT recalculate_user_count();"
+            "SELECT last_updated FROM user_stats"
+        )
+        [self.last_updated] = self.cursor.fetchone()
+        self.sessions = [Session(number, self.connect()) for number in range(3)]
+        self.users, self.prepared, self.numbers = 0, {}, itertools.count(1)
+        self.has_truncated = False
+
+    def connect(self):
+        return self.connections.enter_context(closing(setup_db.connect(self.server, self.database)))
+
+    def disconnect(self, *sessions):
+        for session in sessions:
+            session.connection.close()
+        pids = [[session.backend_pid for session in sessions]]
+        listed = "SELECT FROM pg_stat_activity WHERE pid = ANY (%s)"
+        wait_until(lambda: self.cursor.execute(listed, pids) or not self.cursor.rowcount)
+
+    def is_truncated(self, but_for=None):
+        """Whether a transaction of another session has truncated user_list and is not committed."""
+        if not self.has_truncated:
+            return False
+        self.cursor.execute(
+            "SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = database"
+            " WHERE datname = current_database() AND relation = 'user_list'::regclass"
+            " AND mode = 'AccessExclusiveLock' AND pid IS DISTINCT FROM %s",
+            [but_for.backend_pid if but_for else 0],
+        )
+        return self.cursor.rowcount > 0
+
+    def conflicts(self, session):
+        """What SERIALIZABLE may raise: if it has read nothing, only a prepared culprit can."""
+        is_exposed = session.has_read or "SERIALIZABLE" in dict(self.prepared.values())
+        return WAITED if session.isolation == "SERIALIZABLE" and is_exposed else ()
+
+    def attempt(self, session, expected, sql, file=None):
+        """Return whether it succeeded; after an expected error, roll back to the last savepoint."""
+        try:
+            session.cursor.copy_expert(sql, file) if file else session.cursor.execute(sql)
+            return True
+        except expected:
+            status = session.connection.info.transaction_status
+        if status == TRANSACTION_STATUS_INERROR and session.users_added[1:]:
+            session.cursor.execute("ROLLBACK TO s")
+            session.users_added[-1] = 0
+        else:
+            session.cursor.execute("ROLLBACK")
+            session.end()
+        return False
+
+    def add(self, session, users):
+        if session.users_added:
+            session.users_added[-1] += users
+        else:
+            self.users += users
+        if session.isolation != "READ COMMITTED":
+            session.max_rows += 3  # its moves and first writes may leave their rows behind
+
+    @initialize(
+        isolation=st.sampled_from([None, *ISOLATION_LEVELS]),
+        omitted=st.sets(st.sampled_from(OPTIONAL)),
+    )
+    def choose(self, isolation, omitted):
+        """Omit some actions, as what it takes to find a fault would seldom meet among them all."""
+        self.actions = [
+            action
+            for action in ACTIONS
+            if action[0] not in omitted and (action[0] != "begin" or isolation in (None, action[1]))
+        ]
+
+    @rule(
+        session=st.runner().flatmap(lambda state: st.sampled_from(state.sessions)),
+        action=st.runner().flatmap(lambda state: st.sampled_from(state.actions)),
+    )
+    def act(self, session, action):  # a single rule, as each run omits some rules
+        getattr(self, action[0])(session, *action[1:])
+
+    @invariant()
+    def every_snapshot_is_exact(self):
+        for session in self.sessions:
+            if session.is_watched:
+                self.look(session)
+        if not self.is_truncated():
+            self.cursor.execute("SELECT *, (SELECT count(*) FROM user_list) FROM user_stats")
+            [(row_id, total_users, last_updated, listed)] = self.cursor.fetchall()
+            assert (row_id, total_users, listed) == (1, self.users, self.users)
+            assert last_updated >= self.last_updated
+            self.last_updated = last_updated
+
+    def look(self, session):
+        session.has_read = True
+        look = "SELECT id, total_users, (SELECT count(*) FROM user_list) FROM user_stats"
+        if self.is_truncated(but_for=session):
+            return
+        if self.attempt(session, self.conflicts(session), look):
+            [(row_id, total_users, listed)] = session.cursor.fetchall()
+            assert (row_id, total_users) == (1, listed)
+
+    def begin(self, session, isolation, is_watched):
+        """Begin a transaction, with a snapshot and a list of processes; within one, a savepoint."""
+        if session.users_added:
+            session.cursor.execute("SAVEPOINT s")
+        else:
+            list_processes = "SELECT FROM pg_stat_get_activity(NULL)"
+            session.cursor.execute(f"BEGIN ISOLATION LEVEL {isolation}; {list_processes}")
+            session.isolation, session.has_read = isolation, False
+            session.is_watched = is_watched and isolation != "SERIALIZABLE"
+        session.users_added.append(0)
+
+    def end(self, session, how):
+        if session.users_added:
+            users = sum(session.users_added)
+            if self.attempt(session, self.conflicts(session), how) and how == "COMMIT":
+                self.users += users
+            session.end()
+
+    def prepare(self, session):
+        if session.users_added:
+            name = f"{self.database}-{next(self.numbers)}"
+            prepared = session.isolation, sum(session.users_added)
+            if self.attempt(session, REFUSED, f"PREPARE TRANSACTION '{name}'"):
+                self.prepared[name] = prepared
+                session.has_prepared = True
+            session.end()
+
+    def end_savepoint(self, session, how):
+        if session.users_added[1:]:
+            session.cursor.execute(f"{how}; SAVEPOINT s" if how == "RELEASE s" else how)
+            users = session.users_added.pop()
+            session.users_added[-1] += users if how == "RELEASE s" else 0
+            session.users_added.append(0)
+
+    def end_prepared(self, session, how):
+        if self.prepared:
+            name, (_, users) = self.prepared.popitem()
+            self.cursor.execute(f"{how} '{name}'")
+            self.users += users if how == "COMMIT PREPARED" else 0
+
+    def sign_up(self, session, how):
+        """Add users whom nobody else knows of, which must neither wait nor fail."""
+        may_wait = session.has_prepared or self.is_truncated(but_for=session)
+        expected = WAITED if may_wait else self.conflicts(session)
+        numbers = [next(self.numbers) for _ in range(150 if how == "150 INSERTs" else 2)]
+        sql, file = ADD_USERS % (numbers[0], numbers[-1]), None
+        if how == "COPY":
+            sql = "COPY user_list (username, email) FROM STDIN"
+            file = io.StringIO("".join(f"{n}\t{n}\n" for n in numbers))
+        elif how == "150 INSERTs":  # after 64 the session moves to a new row
+            commit = "" if session.users_added or expected else "COMMIT;"
+            loop = f"FOR n IN {numbers[0]}..{numbers[-1]} LOOP {ADD_ONE('n', 'n')}; {commit}"
+            sql = f"DO $$ BEGIN {loop} END LOOP; END $$"
+        if not self.attempt(session, expected, sql, file):
+            return
+        self.add(session, len(numbers))
+        if session.isolation != "SERIALIZABLE" and not session.has_prepared:
+            session.cursor.execute(
+                "SELECT count(*) <= %s, max(writes) <= 64, current_setting('usercount.row') <> ''"
+                " FROM user_counts WHERE backend = pg_backend_pid()",
+                [session.max_rows],
+            )
+            assert session.cursor.fetchall() == [(True, True, True)]
+
+    def change(self, session, name):
+        sql, users_added = CHANGES[name]
+        session.has_read = True
+        if self.attempt(session, REFUSED, sql.format(n=next(self.numbers))):
+            self.add(session, users_added(session.cursor.rowcount))
+
+    def truncate(self, session):
+        session.has_read = True
+        users = self.users + sum(session.users_added)
+        if self.attempt(session, WAITED, "TRUNCATE user_list"):
+            self.has_truncated = True
+            self.add(session, -users)
+
+    def reset(self, session, how):
+        if not session.users_added:
+            is_schema = how == "schema.sql"
+            self.attempt(session, WAITED if is_schema else (), SCHEMA if is_schema else how)
+
+    def replace(self, session, is_killed):
+        if is_killed:
+            self.cursor.execute("SELECT pg_terminate_backend(%s)", [session.backend_pid])
+        self.disconnect(session)
+        self.sessions[session.number] = Session(session.number, self.connect())
+
+    def teardown(self):
+        with self.connections:
+            self.disconnect(*self.sessions)
+            for name in self.prepared:
+                self.cursor.execute(f"ROLLBACK PREPARED '{name}'")
+            self.cursor.execute(ADD_USERS, (0, 0))
+            self.cursor.execute("SELECT count(*) FROM user_counts")
+            assert self.cursor.fetchone()[0] <= 2  # corrections, and those of this session
+
+
+@pytest.mark.parametrize("number", SEEDS)
+def test_triggers_are_exact_under_any_interleaving_of_sessions(server, database, cursor, number):
+    cursor.execute(
+        "CREATE TABLE teams (id int PRIMARY KEY);"
+        "ALTER TABLE user_list ADD team int REFERENCES teams ON DELETE CASCADE,"
+        " SET (autovacuum_enabled = off);"  # it takes locks
+        "ALTER TABLE user_counts SET (autovacuum_enabled = off)"
+    )
+    seed(number)(get_state_machine_test(partial(Interleaving, server, database), settings=SEARCH))()
 
 
 # --- Setting up ---
