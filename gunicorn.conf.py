@@ -49,10 +49,11 @@ class Handler(PyWSGIHandler):
         self.environ = None
         return super().read_requestline()
 
-    # gevent has Python's e-mail parser read the headers, which takes longer than all the rest.
-
     def read_request(self, raw_requestline):
-        """Parse the head of a request; return whether it came, raise ValueError if invalid."""
+        """Parse the head of a request; return whether it came, raise ValueError if invalid.
+
+        By llhttp, as Python's e-mail parser, which gevent uses, takes longer than all the rest.
+        """
         self.requestline = raw_requestline.rstrip()
         head = [raw_requestline.encode("latin-1")]
         size = 0
@@ -86,12 +87,13 @@ class Handler(PyWSGIHandler):
         self.target = parse_url(self.path.encode("latin-1"))
         self.command = self.parser.get_method().decode()
         self.request_version = f"HTTP/{self.parser.get_http_version()}"
-        self.has_body = self.headers.get("content-length", "0") != "0"
-        self.has_body = self.has_body or "transfer-encoding" in self.headers
+        length = self.headers.get("content-length", "0")
+        self.has_body = length != "0" or "transfer-encoding" in self.headers
         self.close_connection = self.has_body or not self.parser.should_keep_alive()
 
     def get_environ(self):
         self.wsgi_input = Input(self.rfile, 0)
+        address, port = self.client_address[:2] or ("", "")  # a Unix socket has none
         return {
             **self.server.get_environ(),
             **{
@@ -104,8 +106,8 @@ class Handler(PyWSGIHandler):
             "PATH_INFO": unquote_latin1((self.target.path or b"/").decode("latin-1")),
             "QUERY_STRING": (self.target.query or b"").decode("latin-1"),
             "SERVER_PROTOCOL": self.request_version,
-            "REMOTE_ADDR": str(self.client_address[0]),
-            "REMOTE_PORT": str(self.client_address[1]),
+            "REMOTE_ADDR": address,
+            "REMOTE_PORT": str(port),
             "RAW_URI": self.path,  # for the access log
             "wsgi.input": self.wsgi_input,
         }
