@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS public.user_list (
 
 -- Two counters are recognized: this one (also its first edition, without id) and the single-row
 -- counter, a table user_stats(id, total_users, last_updated) with one row that triggers of user_list
--- keep by update_user_count(). Anything else that has one of our names is an error: whoever created
+-- keep by update_user_count(). Anything else that has one of our names is an error: a role that created
 -- it beforehand could have code run with the rights of the counter's owner.
 DO $$
 DECLARE
