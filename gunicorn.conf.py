@@ -1,8 +1,8 @@
-"""How usercount is served; gunicorn reads this file by itself."""
+"""Configures gunicorn, which reads this file on its own."""
 
 from gevent import monkey
 
-monkey.patch_all()  # before anything else makes a lock
+monkey.patch_all()  # before anything creates a lock
 
 import resource  # noqa: E402
 import runpy  # noqa: E402
@@ -15,17 +15,17 @@ from gevent.pywsgi import Input, unquote_latin1  # noqa: E402
 from gunicorn.workers.ggevent import GeventPyWSGIWorker, PyWSGIHandler  # noqa: E402
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url  # noqa: E402
 
-# Run, not imported: gunicorn's master would keep the module, and SIGHUP would serve the old code.
+# Run, not imported: gunicorn's master would cache it, and SIGHUP would serve the old code.
 settings = runpy.run_path(str(Path(__file__).with_name("usercount.py")), run_name="usercount")
 
-KEEPALIVE_TIMEOUT_SECONDS = 5  # between two packets, so also between two requests
+KEEPALIVE_TIMEOUT_SECONDS = 5  # between two packets, hence also between requests
 REQUEST_TIMEOUT_SECONDS = 12  # from the end of a response to the end of the next
 MAX_HEAD_BYTES = 65536  # of a request
 MAX_OPEN_FILES = 16384  # per worker
 
 
 class Handler(PyWSGIHandler):
-    """Serves a connection; a request with a body, which is not read, is its last."""
+    """Handles a connection. As bodies are not read, a request with one is its last."""
 
     is_stopping = False
 
@@ -44,15 +44,15 @@ class Handler(PyWSGIHandler):
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def read_requestline(self):
-        gevent.sleep(0)  # a client that is quick to ask again must not keep the others waiting
-        self.timer.again(self.cut_off, update=True)  # from now on
+        gevent.sleep(0)  # a fast client must not starve the others
+        self.timer.again(self.cut_off, update=True)  # restarts it
         self.environ = None
         return super().read_requestline()
 
     def read_request(self, raw_requestline):
-        """Parse the head of a request; return whether it came, raise ValueError if invalid.
+        """Parse a request's head; return False if none came, raise ValueError if it is invalid.
 
-        By llhttp, as Python's e-mail parser, which gevent uses, takes longer than all the rest.
+        With llhttp, as Python's email parser, which gevent uses, takes longer than all the rest.
         """
         self.requestline = raw_requestline.rstrip()
         head = [raw_requestline.encode("latin-1")]
@@ -68,7 +68,7 @@ class Handler(PyWSGIHandler):
         self.path, self.headers, self.target = "", {}, None
         self.parser = HttpRequestParser(self)
         try:
-            with suppress(HttpParserUpgrade):  # not offered here: a request like any other
+            with suppress(HttpParserUpgrade):  # not supported: a request like any other
                 self.parser.feed_data(b"".join(head))
         except HttpParserError as error:
             raise ValueError(error.__context__ or error) from None
@@ -114,7 +114,7 @@ class Handler(PyWSGIHandler):
 
     def handle_one_response(self):
         super().handle_one_response()
-        if self.has_body:  # closing before it is read would reset the connection, response and all
+        if self.has_body:  # closing before it is read would lose the response in a reset
             self.socket.shutdown(socket.SHUT_WR)
             while self.rfile.read1(65536):
                 pass
@@ -122,11 +122,11 @@ class Handler(PyWSGIHandler):
     def finalize_headers(self):
         super().finalize_headers()
         self.close_connection |= self.is_stopping
-        if self.close_connection and self.request_version != "HTTP/1.0":  # there, gevent says so
+        if self.close_connection and self.request_version != "HTTP/1.0":  # gevent adds it itself
             self.response_headers.append((b"Connection", b"close"))
 
     def process_result(self):
-        """Send the response in one packet: gevent sends its head and its body in one each."""
+        """Send the response in one packet; gevent would send its head and body separately."""
         body = b"".join(self.result)
         self.headers_sent = True
         self.finalize_headers()
@@ -135,7 +135,7 @@ class Handler(PyWSGIHandler):
         self._sendall(b"\r\n".join([*head, b"", body]))
 
     def log_request(self):
-        if self.environ:  # not for what could not be read
+        if self.environ:  # unless it could not be parsed
             super().log_request()
 
     def log_error(self, msg, *args):
@@ -159,6 +159,6 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_limit))
 bind = f"0.0.0.0:{settings['PORT']}"
 workers = settings["WEB_CONCURRENCY"]
 worker_class = Worker
-worker_connections = open_files * 9 // 10  # waits for a connection to end before files run out
+worker_connections = open_files * 9 // 10  # more have to wait, so that files do not run out
 graceful_timeout = 8  # longer than any request or idle connection lasts
 control_socket_disable = True

@@ -1,4 +1,4 @@
-"""Sets up the database of usercount, on your own PostgreSQL or on an embedded one.
+"""Sets up usercount's database, on your own PostgreSQL or on an embedded one.
 
 python setup_db.py              create the database if it is missing and apply schema.sql
 python setup_db.py sample [N]   add N sample users (default 10)
@@ -26,7 +26,7 @@ import usercount
 HERE = Path(__file__).parent
 EMBEDDED_DATA = HERE / ".postgres"
 SAMPLE_USERS = 10
-MAX_SAMPLE_USERS = 100_000_000  # at once, some 30 GB
+MAX_SAMPLE_USERS = 100_000_000  # per run; about 30 GB
 BATCH_SIZE = 10_000
 CONFIGURED_SERVER = {
     "host": ",".join(usercount.DB_HOSTS),
@@ -37,7 +37,7 @@ CONFIGURED_SERVER = {
 
 
 def connect(server, database=usercount.DB_NAME):
-    """Return an autocommit connection to a database of `server`, libpq's parameters as a dict."""
+    """Return an autocommit connection; `server` is a dict of libpq's parameters."""
     connection = psycopg2.connect(
         **server, dbname=database, connect_timeout=5, target_session_attrs="read-write"
     )
@@ -59,7 +59,7 @@ def set_up(server):
             cursor.execute("SELECT FROM pg_database WHERE datname = %s", [usercount.DB_NAME])
             if cursor.rowcount:
                 raise error
-            with suppress(DuplicateDatabase, UniqueViolation):  # created by another set-up just now
+            with suppress(DuplicateDatabase, UniqueViolation):  # another set-up was faster
                 cursor.execute(f"CREATE DATABASE {quote_ident(usercount.DB_NAME, cursor)}")
                 print(f"Created the database {usercount.DB_NAME}.")
         connection = connect(server)
@@ -77,7 +77,7 @@ def add_sample_users(server, number):
         for start in range(0, number, BATCH_SIZE):
             end = min(start + BATCH_SIZE, number)
             cursor.execute(
-                "SET LOCAL search_path = pg_catalog, pg_temp;"  # no function planted in public
+                "SET LOCAL search_path = pg_catalog, pg_temp;"  # calls nothing planted in public
                 " INSERT INTO public.user_list (username, email)"
                 " SELECT name, name || '@example.com'"
                 " FROM generate_series(%s, %s) AS n, format('sample-%%s-%%s', %s, n) AS name",
@@ -91,11 +91,11 @@ def add_sample_users(server, number):
 
 
 def embedded_postgres(data):
-    """Return the embedded PostgreSQL on the folder `data`, created if necessary but not started.
+    """Return the embedded PostgreSQL with its data in `data`, created if missing but not started.
 
-    As root it runs as the system user pgserver, who needs to pass through the folders above.
+    Run by root, it switches to a system user pgserver, who needs access to the folders above.
     """
-    # For its lock, which would otherwise be a file in /tmp that belongs to the first user.
+    # For its lock, which would otherwise be a file in /tmp, owned by whoever came first.
     runtime = Path(tempfile.gettempdir(), f"usercount-{os.getuid()}")
     (runtime / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
     runtime.chmod(0o700)
@@ -112,13 +112,13 @@ def embedded_parameters(socket_folder):
 
 @contextmanager
 def embedded_server(data):
-    """Run the embedded PostgreSQL on the folder `data` and yield libpq's parameters to reach it."""
+    """Run the embedded PostgreSQL with its data in `data` and yield libpq's parameters for it."""
     postgres = embedded_postgres(data)
     with open(data.with_name(data.name + ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"{data} is in use by another process that runs the embedded PostgreSQL.")
+            sys.exit(f"{data} is in use by another embedded PostgreSQL.")
         postgres.start()
         try:
             yield embedded_parameters(str(postgres.get_postmaster_info().socket_dir))
@@ -127,7 +127,7 @@ def embedded_server(data):
 
 
 def running_server():
-    """Return libpq's parameters of the configured server, or of the embedded one while it runs."""
+    """Return libpq's parameters for the configured server, or for the embedded one if it runs."""
     pid_file = EMBEDDED_DATA / "postmaster.pid"
     if os.environ.get("DB_HOST") or not pid_file.exists():
         return CONFIGURED_SERVER
@@ -137,7 +137,7 @@ def running_server():
 def serve(command):
     """Set up the database and run `command` until it ends; return its exit status.
 
-    Ctrl-C and SIGTERM end the command first, and then the embedded server.
+    Ctrl-C and SIGTERM stop the command first, then the embedded server.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -154,14 +154,15 @@ def serve(command):
         users = set_up(server)
         if is_embedded and not users:
             users = add_sample_users(server, SAMPLE_USERS)
-        print(f"Users: {users}. Ask http://localhost:{usercount.PORT}/api/usercount", flush=True)
+        url = f"http://localhost:{usercount.PORT}/api/usercount"
+        print(f"Users: {users}. Serving {url}", flush=True)
         environment = {
             "DB_HOST": server["host"],
             "DB_PORT": server["port"],
             "DB_USER": server["user"],
             "DB_PASSWORD": server["password"] or "",
         }
-        # In a session of its own it gets Ctrl-C only from here, and the database outlives it.
+        # In a session of its own it gets Ctrl-C only from here, so the database outlives it.
         process = subprocess.Popen(
             command, cwd=HERE, env=os.environ | environment, start_new_session=True
         )

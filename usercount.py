@@ -1,8 +1,8 @@
-"""How many users are there? An exact answer over HTTP, from a count that PostgreSQL keeps.
+"""Serves the number of users over HTTP, from a count that PostgreSQL keeps by triggers.
 
-Two routes, GET /api/usercount and GET /health. A request for either passes RequestCoalescer, which
-reads the count once for all requests that wait at the same time, and lets Flask make the responses.
-An answer is never older than its request, and takes at most two reads, READ_TIMEOUT_SECONDS each.
+Two routes: GET /api/usercount and GET /health. Requests for them go through RequestCoalescer, which
+reads the count once for all requests that are waiting and has Flask build the responses. A response
+is never older than its request, and takes at most two reads of READ_TIMEOUT_SECONDS each.
 """
 
 import json
@@ -28,11 +28,11 @@ from psycopg2.pool import ThreadedConnectionPool
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.test import create_environ, run_wsgi_app
 
-# --- Settings: from the environment, or from .env; the environment wins ---
+# --- Settings, from the environment or .env; the environment takes precedence ---
 
 
 def read_setting(name, default, parse=str, expected="text"):
-    """Return a parsed setting; an invalid one ends the process with one line that names it."""
+    """Return the parsed value of a setting; exit with a one-line error if it is invalid."""
     text = os.environ.get(name) or default
     try:
         return parse(text)
@@ -84,42 +84,42 @@ DB_HOSTS = read_setting("DB_HOST", "localhost", parse_hosts, "a host, or several
 DB_PORTS = read_setting("DB_PORT", "5432", parse_ports, "a port from 1 to 65535, or one per host")
 DB_NAME = read_setting("DB_NAME", "test001")
 DB_USER = read_setting("DB_USER", "postgres")
-DB_PASSWORD = os.environ.get("DB_PASSWORD") or None  # None: libpq looks for PGPASSWORD, ~/.pgpass
+DB_PASSWORD = os.environ.get("DB_PASSWORD") or None  # None: libpq tries PGPASSWORD, ~/.pgpass
 PORT = read_setting("PORT", "6776", parse_port, "a port from 1 to 65535")
 APP_ENV = read_setting("APP_ENV", "development", parse_app_env, "development or production")
 WEB_CONCURRENCY = read_setting(
     "WEB_CONCURRENCY", "1", parse_number, "a number of worker processes, at least 1"
 )
 
-READ_TIMEOUT_SECONDS = 2  # for all of a read, whatever has to be tried
-LOOKUP_TIMEOUT_SECONDS = 0.5  # the share of DNS in it
-UNACKNOWLEDGED_MILLISECONDS = 500  # after which the kernel takes a connection for lost
-CONNECTION_PASSES = 3  # over all targets, before a read is given up
-PASS_DELAY_SECONDS = 0.1
-MAX_CONNECTION_AGE_SECONDS = 30  # firewalls drop idle connections without a word
+READ_TIMEOUT_SECONDS = 2  # for a whole read, retries and failover included
+LOOKUP_TIMEOUT_SECONDS = 0.5  # of these, for DNS
+TCP_USER_TIMEOUT_MILLISECONDS = 500  # unacknowledged for this long, a connection counts as lost
+MAX_ATTEMPTS = 3  # to connect to each target, per read
+RETRY_DELAY_SECONDS = 0.1
+MAX_CONNECTION_AGE_SECONDS = 30  # firewalls silently drop idle connections
 MAX_POOL_CONNECTIONS = 20
-MAX_IDLE_CONNECTIONS = 1  # as there is one read at a time
-RECOVERY_SECONDS = 5  # without a failure, until an outage counts as over
+MAX_IDLE_CONNECTIONS = 1  # there is only one read at a time
+RECOVERY_SECONDS = 5  # without a failure before an outage counts as over
 SLOW_QUERY_MILLISECONDS = 100
-BATCH_DELAY_SECONDS = 0.0005  # in which more requests join a batch that had to wait for another
+BATCH_DELAY_SECONDS = 0.0005  # lets more requests join a batch that had to wait
 
 logging.basicConfig(
     format="[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S %z"
 )
 app = Flask(__name__, static_folder=None)
-app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-app.url_map.merge_slashes = False  # /api//usercount is another path, not a redirect
+app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # 405 for OPTIONS, too
+app.url_map.merge_slashes = False  # 404 for /api//usercount, not a redirect
 app.logger.setLevel(logging.INFO if APP_ENV == "production" else logging.DEBUG)
 
 # --- The database ---
 
-# The timeout cancels the query on the server once nobody waits for it.
+# Cancels the query on the server once its client has given up.
 COUNT_SQL = f"""
     SET LOCAL statement_timeout = '{READ_TIMEOUT_SECONDS}s';
     SELECT total_users, last_updated FROM public.user_stats
 """
 
-# After these a new connection may succeed; after others the query would fail again.
+# Worth a retry on a new connection; any other error would recur.
 CONNECTION_ERRORS = psycopg2.OperationalError, psycopg2.InterfaceError
 
 
@@ -136,23 +136,23 @@ class Target(NamedTuple):
 
 
 class TargetPool(ThreadedConnectionPool):
-    """The connections to one target, none of them older than the pool."""
+    """Connections to one target; replaced by a new pool after MAX_CONNECTION_AGE_SECONDS."""
 
     def __init__(self, target):
         super().__init__(
-            minconn=0,  # connects nothing here
+            minconn=0,  # opens none yet
             maxconn=MAX_POOL_CONNECTIONS,
-            host=target.host,  # for TLS and .pgpass, beside the address
+            host=target.host,  # what TLS verifies and .pgpass lists
             hostaddr=target.address,
             port=target.port,
             dbname=DB_NAME,
             user=DB_USER,
             password=DB_PASSWORD,
             fallback_application_name="usercount",
-            tcp_user_timeout=UNACKNOWLEDGED_MILLISECONDS,
-            async_=True,  # connects outside the pool's lock, with our deadline, in autocommit
+            tcp_user_timeout=TCP_USER_TIMEOUT_MILLISECONDS,
+            async_=True,  # connects outside the pool's lock, within our deadline; autocommits
         )
-        self.minconn = MAX_IDLE_CONNECTIONS  # the pool closes what is returned above that
+        self.minconn = MAX_IDLE_CONNECTIONS  # beyond that, the pool closes what is returned
         self.target = target
         self.has_logged_slow_query = False
         self.expires_at = time.monotonic() + MAX_CONNECTION_AGE_SECONDS
@@ -161,7 +161,7 @@ class TargetPool(ThreadedConnectionPool):
         """Return the row of user_stats; raise psycopg2.Error, or TimeoutError at the deadline."""
         connection = self.getconn()
         try:
-            wait(connection, deadline)  # until it is connected
+            wait(connection, deadline)  # until connected
             began = time.monotonic()
             with connection.cursor() as cursor:
                 cursor.execute(COUNT_SQL)
@@ -189,14 +189,14 @@ def wait(connection, deadline):
 
 @dataclass
 class Outage:
-    """Why a target has failed, and when for the last time."""
+    """When a target last failed, and the reasons that have been logged."""
 
     last_failed: float = 0
     reasons: set = field(default_factory=set)
 
 
 class Database:
-    """Reads the count from the first target that answers; made for one read at a time."""
+    """Reads the count from the first target that answers; supports one read at a time."""
 
     def __init__(self):
         self.targets = []
@@ -233,22 +233,22 @@ class Database:
         raise ServiceUnavailable("The count is temporarily unavailable.", retry_after=1)
 
     def candidates(self, failures):
-        """Yield the pools to try in turn, each with the number of targets left to try.
+        """Yield the pools to try, each with the number of targets that share the time left.
 
-        First the pool in use, unless it has expired; then new ones, of all targets in order. So
-        reads return to the first target by themselves. A target is tried again if its connection
-        could not be made or was lost, but not if it timed out or refused the query.
+        First the current pool, unless it has expired, then a new one for each target in order, so
+        reads return to the first target on their own. A target that could not be connected to or
+        whose connection was lost is retried; one that timed out or rejected the query is not.
         """
         if self.pool and time.monotonic() < self.pool.expires_at:
             yield self.pool, len(self.targets)
         elif self.pool:
-            self.pool.closeall()  # first, for there may be no other connection left to have
+            self.pool.closeall()  # first, as the server may have no other connection left
             self.pool = None
         self.targets = self.find_targets()
         for host in {*DB_HOSTS} - {target.host for target in self.targets}:
             failures[host] = TimeoutError("no address known")
-        for number in range(CONNECTION_PASSES):
-            time.sleep(PASS_DELAY_SECONDS if number else 0)
+        for attempt in range(MAX_ATTEMPTS):
+            time.sleep(RETRY_DELAY_SECONDS if attempt else 0)
             targets = [
                 target
                 for target in self.targets
@@ -258,10 +258,10 @@ class Database:
                 yield TargetPool(target), len(targets) - index
 
     def find_targets(self):
-        """Return the targets in the order of DB_HOST; a host that is unknown to DNS has none.
+        """Return the targets in the order of DB_HOST; a host that never resolved has none.
 
-        DNS may be silent for longer than a read may take, hence the threads. A name that does not
-        resolve any more keeps the addresses it had.
+        Lookups run in threads, as DNS may take longer than a read may. A name that no longer
+        resolves keeps its last known addresses.
         """
         deadline = time.monotonic() + LOOKUP_TIMEOUT_SECONDS
         for host in DB_HOSTS:
@@ -284,9 +284,9 @@ class Database:
             self.addresses[host] = list(dict.fromkeys(address[0] for *_, address in found))
 
     def log_failures(self, failures):
-        """Log why targets could not be read: a line for each reason, not for each request.
+        """Log errors by target: one line per reason, not per request.
 
-        A host without a known address stands in place of its targets.
+        In place of a target, the key is a host name if it has no known address.
         """
         for target, error in failures.items():
             outage = self.outages.setdefault(target, Outage())
@@ -314,7 +314,7 @@ class Database:
 
 
 def json_response(payload, status=200):
-    """Return the response: `payload` as one line of JSON that no cache may keep."""
+    """Return `payload` as a response: one line of JSON that must not be cached."""
     return Response(
         json.dumps(payload) + "\n",
         status,
@@ -363,7 +363,7 @@ def handle_http_error(error):
 
 
 class Batch:
-    """Requests that wait for the same read, and the responses made from it, by path."""
+    """Requests that wait for the same read, and the responses to them, by path."""
 
     def __init__(self):
         self.paths = set()
@@ -372,12 +372,11 @@ class Batch:
 
 
 class RequestCoalescer:
-    """WSGI middleware: requests that wait at the same time share one read and its responses.
+    """WSGI middleware that lets concurrent requests share one read and its responses.
 
-    A request may be answered with any read that began after the request arrived, and never with an
-    older one. So while one batch is being answered, the requests that arrive gather in the next.
-    Failed reads are shared like the others. The application gets the read as a Future in
-    environ["usercount.read"], and nothing of any client's request.
+    Only a read that began after a request arrived may answer it. So while one batch is being
+    answered, new requests gather in the next. Failed reads are shared as well. The application gets
+    the read as a Future in environ["usercount.read"], and nothing of the clients' requests.
     """
 
     def __init__(self, application, paths, read):
