@@ -181,23 +181,81 @@ def run_setup(environment, *arguments, folder=HERE):
     )
 
 
+def set_up(environment, *arguments):
+    """Run setup_db.py, which must succeed; return what it prints."""
+    done = run_setup(environment, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@contextmanager
+def in_background(*functions):
+    """Call each function again and again, in a thread of its own, until the end of the block.
+
+    Yields a list of what each has returned so far, and raises what one of them has raised.
+    """
+    is_done = threading.Event()
+
+    def repeat(function, results):
+        while not is_done.is_set():
+            results.append(function())
+
+    all_results = [[] for _ in functions]
+    with ThreadPoolExecutor(len(functions)) as threads:
+        futures = [
+            threads.submit(repeat, *pair) for pair in zip(functions, all_results, strict=True)
+        ]
+        try:
+            yield all_results
+        finally:
+            is_done.set()
+        for future in futures:
+            future.result()
+
+
+class Cursor(psycopg2.extensions.cursor):
+    """A cursor on a connection of its own; can also return the result of a query."""
+
+    def rows(self, sql, parameters=None):
+        self.execute(sql, parameters)
+        return self.fetchall()
+
+    def row(self, sql, parameters=None):
+        [row] = self.rows(sql, parameters)
+        return row
+
+    def column(self, sql, parameters=None):
+        return [value for (value,) in self.rows(sql, parameters)]
+
+    def value(self, sql, parameters=None):
+        [value] = self.row(sql, parameters)
+        return value
+
+
+@contextmanager
+def open_cursor(server, database="postgres"):
+    with closing(setup_db.connect(server, database)) as connection:
+        yield connection.cursor(cursor_factory=Cursor)
+
+
 @contextmanager
 def throwaway_database(server, template="template1"):
+    """Create a database, unless `template` is None, and yield its name; drop it at the end."""
     name = f"usercount_test_{secrets.token_hex(6)}"
-    with closing(setup_db.connect(server, "postgres")) as admin, admin.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    with open_cursor(server) as cursor:
+        if template:
+            cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         try:
             yield name
         finally:
-            cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")
 def template(server):
     """A database with the shipped schema, as setup_db.py makes it."""
     with throwaway_database(server) as name:
-        done = run_setup(environment(server, name))
-        assert done.returncode == 0, done.stderr
+        set_up(environment(server, name))
         yield name
 
 
@@ -214,25 +272,23 @@ def empty_database(server):
 
 
 @pytest.fixture
+def missing_database(server):
+    with throwaway_database(server, template=None) as name:
+        yield name
+
+
+@pytest.fixture
 def connect(server, request):
-    """A function that returns a new autocommit connection to the test's database."""
-    name = request.getfixturevalue(
-        "database" if "database" in request.fixturenames else "empty_database"
-    )
-    connections = []
-
-    def connect():
-        connections.append(setup_db.connect(server, name))
-        return connections[-1]
-
-    yield connect
-    for connection in connections:
-        connection.close()
+    """A function that returns a cursor on a new autocommit connection to the test's database."""
+    name = "database" if "database" in request.fixturenames else "empty_database"
+    database = request.getfixturevalue(name)
+    with ExitStack() as cursors:
+        yield lambda: cursors.enter_context(open_cursor(server, database))
 
 
 @pytest.fixture
 def cursor(connect):
-    return connect().cursor()
+    return connect()
 
 
 class Client:
@@ -241,12 +297,17 @@ class Client:
     def __init__(self, port):
         self.port = port
 
+    def connect(self, stack):
+        """Return a connection that ends with `stack`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, RESPONSE_TIMEOUT_SECONDS)
+        connection.connect()
+        connection.auto_open = False  # never another one
+        return stack.enter_context(closing(connection))
+
     def request(self, method, path, body=None):
         """Return status, headers and body; raise TimeoutError if the response takes too long."""
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", self.port, timeout=RESPONSE_TIMEOUT_SECONDS
-        )
-        with closing(connection):
+        with ExitStack() as stack:
+            connection = self.connect(stack)
             connection.request(method, path, body)
             response = connection.getresponse()
             return response.status, response.headers, response.read().decode()
@@ -266,6 +327,14 @@ class Client:
         status, _, body = self.get()
         assert status == 200, body
         return json.loads(body)["totalUsers"]
+
+
+def get_again(connection):
+    """Return the status of a request on a connection that stays open."""
+    connection.request("GET", "/api/usercount")
+    with connection.getresponse() as response:
+        response.read()
+        return response.status
 
 
 class Service(Client):
@@ -308,31 +377,24 @@ def service(server, database, tmp_path):
 
 
 def has_lock_waiters(cursor):
-    cursor.execute(
+    return cursor.value(
         "SELECT count(*) > 0 FROM pg_stat_activity"
         " WHERE wait_event_type = 'Lock' AND datname = current_database()"
     )
-    return cursor.fetchone()[0]
 
 
 def assert_exact(cursor, expected=None):
     """The count is the number of rows, and a recalculation finds nothing to repair."""
-    cursor.execute("SELECT id, total_users, (SELECT count(*) FROM user_list) FROM user_stats")
-    [(row_id, total_users, listed)] = cursor.fetchall()
-    assert (row_id, total_users) == (1, listed)
-    if expected is not None:
-        assert total_users == expected
-    cursor.execute("SELECT last_updated FROM user_stats")
-    last_updated = cursor.fetchone()
-    cursor.execute("SELECT recalculate_user_count()")
-    assert cursor.fetchone() == (listed,)
-    cursor.execute("SELECT last_updated FROM user_stats")
-    assert cursor.fetchone() == last_updated
+    stats = cursor.row("SELECT * FROM user_stats")
+    listed = cursor.value("SELECT count(*) FROM user_list")
+    assert stats[:2] == (1, listed)
+    assert expected in (None, listed)
+    assert cursor.value("SELECT recalculate_user_count()") == listed
+    assert cursor.row("SELECT * FROM user_stats") == stats
 
 
 def assert_total(cursor, expected):
-    cursor.execute("SELECT total_users FROM user_stats")
-    assert cursor.fetchone() == (expected,)
+    assert cursor.value("SELECT total_users FROM user_stats") == expected
 
 
 def copy_two_users(cursor):
@@ -390,11 +452,9 @@ def test_triggers_count_every_kind_of_write(cursor, database, write):
 
 def test_triggers_write_nothing_when_nothing_changed(cursor, database):
     cursor.execute(ADD_USERS, (1, 3))
-    cursor.execute("SELECT ctid, * FROM user_counts")
-    before = cursor.fetchall()
+    before = cursor.rows("SELECT ctid, * FROM user_counts")
     cursor.execute("DELETE FROM user_list WHERE username = '9'; " + ADD_USERS % (4, 3))
-    cursor.execute("SELECT ctid, * FROM user_counts")
-    assert cursor.fetchall() == before
+    assert cursor.rows("SELECT ctid, * FROM user_counts") == before
 
 
 def test_triggers_count_a_million_rows_in_one_statement(cursor, database):
@@ -405,25 +465,23 @@ def test_triggers_count_a_million_rows_in_one_statement(cursor, database):
 
 
 def test_triggers_are_exact_for_a_snapshot_older_than_a_truncate(connect, database):
-    reader, writer = connect().cursor(), connect().cursor()
+    reader, writer = connect(), connect()
     writer.execute(ADD_USERS, (1, 3))
     reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     reader.execute("SELECT 1")  # takes the snapshot, and no lock
-    writer.execute("SELECT last_updated FROM user_stats")
-    before = writer.fetchone()
+    before = writer.row("SELECT last_updated FROM user_stats")
     writer.execute("TRUNCATE user_list")
-    reader.execute(
-        "SELECT total_users, (SELECT count(*) FROM user_list), last_updated > %s FROM user_stats",
-        before,
+    after = (
+        "SELECT total_users, (SELECT count(*) FROM user_list), last_updated > %s FROM user_stats"
     )
-    assert reader.fetchall() == [(0, 0, True)]
+    assert reader.row(after, before) == (0, 0, True)
     reader.execute("COMMIT")
     assert_exact(reader, 0)
 
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
 def test_triggers_let_writers_go_on_without_waiting(connect, database, isolation):
-    writers = [connect().cursor() for _ in range(3)]
+    writers = [connect() for _ in range(3)]
     for number, writer in enumerate(writers):
         writer.execute("SET lock_timeout = '1s'")
         writer.execute(ADD_USERS, (10 * number, 10 * number))  # now each has its own row
@@ -441,34 +499,31 @@ def test_triggers_let_writers_go_on_without_waiting(connect, database, isolation
 def test_triggers_fold_rows_of_terminated_sessions(connect, database):
     for number in range(100):
         writer = connect()
-        writer.cursor().execute(ADD_USERS, (number, number))
-        writer.close()
-    cursor = connect().cursor()
-    cursor.execute("SELECT count(*) FROM user_counts")
-    assert cursor.fetchone()[0] < 10  # one a time, but the system may take a while to end them
+        writer.execute(ADD_USERS, (number, number))
+        writer.connection.close()
+    cursor = connect()
+    rows = cursor.value("SELECT count(*) FROM user_counts")
+    assert rows < 10  # a terminated process may be listed for a while
     assert_exact(cursor, 100)
 
 
 def test_triggers_fold_no_row_newer_than_the_transaction(connect, database):
     """The list of processes may be as old as the transaction: that session may be alive."""
-    cursor, writer = connect().cursor(), connect().cursor()
+    cursor, writer = connect(), connect()
     cursor.execute(
         "INSERT INTO user_counts (id, backend, users, last_updated)"
         " VALUES (-7, -7, 5, now()), (-8, -8, -5, now() + '1 hour')"
     )
-    cursor.execute("SELECT last_updated FROM user_stats")
-    last_updated = cursor.fetchone()
+    last_updated = cursor.value("SELECT last_updated FROM user_stats")
     writer.execute(ADD_USERS, (1, 1))
-    cursor.execute("SELECT id FROM user_counts WHERE id < 0")
-    assert cursor.fetchall() == [(-8,)]
-    cursor.execute("SELECT total_users, last_updated FROM user_stats")
-    assert cursor.fetchone() == (1, *last_updated)
+    assert cursor.column("SELECT id FROM user_counts WHERE id < 0") == [-8]
+    assert cursor.row("SELECT * FROM user_stats") == (1, 1, last_updated)
 
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
 def test_triggers_move_to_a_new_row_after_many_writes(connect, database, isolation):
     """An upsert visits all old versions of its row."""
-    writer, reader = connect().cursor(), connect().cursor()
+    writer, reader = connect(), connect()
     writer.execute(f"BEGIN ISOLATION LEVEL {isolation}")
     for n in range(600):
         writer.execute(ADD_USERS, (n, n))
@@ -476,30 +531,28 @@ def test_triggers_move_to_a_new_row_after_many_writes(connect, database, isolati
     assert_exact(reader, 0)
     writer.execute("COMMIT")
     assert_exact(reader, 600)
-    reader.execute("SELECT max(writes) FROM user_counts")
-    assert reader.fetchone() <= (64,)
+    assert reader.value("SELECT max(writes) FROM user_counts") <= 64
 
 
 def test_triggers_do_not_wait_for_a_session_that_folds(connect, database):
     """After a restart process ids repeat, and all sessions find the same rows to fold."""
-    folding, writer = connect().cursor(), connect()
+    folding, writer = connect(), connect()
     folding.execute(
         "INSERT INTO user_counts (id, backend, users) VALUES (-1, -1, 1), (-2, %s, -1)",
-        [writer.info.backend_pid],
+        [writer.connection.info.backend_pid],
     )
     folding.execute("BEGIN; " + ADD_USERS, (1, 1))
-    writer.cursor().execute("SET lock_timeout = '1s'; " + ADD_USERS, (2, 2))
+    writer.execute("SET lock_timeout = '1s'; " + ADD_USERS, (2, 2))
     folding.execute("COMMIT")
     assert_exact(folding, 2)
 
 
 def test_triggers_let_another_session_fold_what_a_snapshot_still_shows(connect, database):
-    first, second, gone = connect().cursor(), connect().cursor(), connect()
-    gone.cursor().execute(ADD_USERS, (1, 1))
-    pid = gone.info.backend_pid
-    gone.close()
+    first, second, gone = connect(), connect(), connect()
+    gone.execute(ADD_USERS, (1, 1))
+    gone.connection.close()
     processes = "SELECT FROM pg_stat_activity WHERE pid = %s"
-    wait_until(lambda: first.execute(processes, [pid]) or not first.rowcount)
+    wait_until(lambda: not first.rows(processes, [gone.connection.info.backend_pid]))
     first.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT total_users FROM user_stats")
     second.execute(ADD_USERS, (2, 2))
     first.execute(ADD_USERS, (3, 3))  # without a serialization failure
@@ -509,11 +562,11 @@ def test_triggers_let_another_session_fold_what_a_snapshot_still_shows(connect, 
 
 @pytest.mark.parametrize("row", ["0", "-1", "1", "2", "999999999999"])
 def test_triggers_are_exact_whatever_usercount_row_is_set_to(connect, database, row):
-    first, second = connect().cursor(), connect().cursor()
+    first, second = connect(), connect()
     first.execute(ADD_USERS, (1, 3))
     second.execute(f"SET usercount.row = '{row}'; " + ADD_USERS, (4, 5))
     for number in range(10, 14):
-        connect().cursor().execute(ADD_USERS, (number, number))
+        connect().execute(ADD_USERS, (number, number))
     first.execute("DELETE FROM user_list WHERE username = '4'; " + ADD_USERS, (6, 6))
     second.execute("DISCARD ALL")
     second.execute("DELETE FROM user_list WHERE username = '5'")
@@ -536,11 +589,12 @@ def test_triggers_of_a_renamed_table_do_not_count(cursor, database):
 
 
 def test_triggers_lose_what_a_killed_backend_did_not_commit(connect, database):
-    victim, cursor = connect(), connect().cursor()
-    victim.cursor().execute(ADD_USERS, (1, 3))
-    victim.cursor().execute("BEGIN")
-    victim.cursor().execute(ADD_USERS, (4, 9))
-    cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [victim.info.backend_pid])
+    victim, cursor = connect(), connect()
+    victim.execute(ADD_USERS, (1, 3))
+    victim.execute("BEGIN")
+    victim.execute(ADD_USERS, (4, 9))
+    pid = victim.connection.info.backend_pid
+    cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
     assert_exact(cursor, 3)
     cursor.execute(ADD_USERS, (4, 4))
     assert_exact(cursor, 4)
@@ -548,34 +602,27 @@ def test_triggers_lose_what_a_killed_backend_did_not_commit(connect, database):
 
 def test_triggers_survive_a_crash_of_the_server():
     with running_cluster() as cluster:
-        with closing(setup_db.connect(cluster.params, "postgres")) as connection:
-            cursor = connection.cursor()
+        with open_cursor(cluster.params) as cursor:
             cursor.execute(SCHEMA)
             cursor.execute(ADD_USERS, (1, 1000))
             cursor.execute("BEGIN")
             cursor.execute(ADD_USERS, (1001, 2000))
             cluster.kill()
         cluster.start()
-        with closing(setup_db.connect(cluster.params, "postgres")) as connection:
-            assert_exact(connection.cursor(), 1000)
+        with open_cursor(cluster.params) as cursor:
+            assert_exact(cursor, 1000)
 
 
 def test_triggers_last_updated_and_updated_at_follow_changes(cursor, database):
-    cursor.execute("SELECT last_updated FROM user_stats")
-    moments = [cursor.fetchone()]
-    for change in (
-        ADD_USERS % (1, 3),
-        "DELETE FROM user_list WHERE username = '1'",
-        "TRUNCATE user_list",
-    ):
-        cursor.execute(change)
-        cursor.execute("SELECT last_updated FROM user_stats")
-        moments.append(cursor.fetchone())
-    assert moments == sorted(set(moments))
+    delete = "DELETE FROM user_list WHERE username = '1'"
+    times = []
+    for change in ("", ADD_USERS % (1, 3) + ";", delete + ";", "TRUNCATE user_list;"):
+        times.append(cursor.value(change + "SELECT last_updated FROM user_stats"))
+    assert times == sorted(set(times))
     cursor.execute(ADD_USERS, (1, 2))
     cursor.execute("UPDATE user_list SET email = 'new' WHERE username = '1'")
-    cursor.execute("SELECT updated_at > created_at FROM user_list ORDER BY username")
-    assert cursor.fetchall() == [(True,), (False,)]
+    is_updated = "SELECT updated_at > created_at FROM user_list ORDER BY username"
+    assert cursor.column(is_updated) == [True, False]
 
 
 def test_triggers_recalculation_repairs_what_bypassed_them(cursor, database):
@@ -583,19 +630,16 @@ def test_triggers_recalculation_repairs_what_bypassed_them(cursor, database):
     cursor.execute("ALTER TABLE user_list DISABLE TRIGGER USER")
     cursor.execute(ADD_USERS, (4, 8))
     cursor.execute("ALTER TABLE user_list ENABLE TRIGGER USER")
-    cursor.execute("SELECT total_users FROM user_stats")
-    assert cursor.fetchone() == (3,)
-    cursor.execute("SELECT recalculate_user_count(), pg_typeof(recalculate_user_count())::text")
-    assert cursor.fetchone() == (8, "bigint")
+    assert_total(cursor, 3)
+    recalculate = "SELECT recalculate_user_count(), pg_typeof(recalculate_user_count())::text"
+    assert cursor.row(recalculate) == (8, "bigint")
     assert_exact(cursor, 8)
 
 
-def test_triggers_recalculation_folds_rows_of_terminated_sessions(connect, database):
-    cursor = connect().cursor()
+def test_triggers_recalculation_folds_rows_of_terminated_sessions(cursor, database):
     cursor.execute("INSERT INTO user_counts (backend, users) VALUES (-1, 4), (-2, -4)")
     cursor.execute("SELECT recalculate_user_count()")
-    cursor.execute("SELECT id, users FROM user_counts")
-    assert cursor.fetchall() == [(0, 0)]
+    assert cursor.rows("SELECT id, users FROM user_counts") == [(0, 0)]
 
 
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
@@ -624,7 +668,7 @@ def test_triggers_recalculation_is_not_misled_by_row_level_security(cursor, data
 
 def test_triggers_recalculations_take_turns(connect, database):
     """Otherwise two would find the same users missing, and both add them."""
-    first, second, cursor = connect().cursor(), connect().cursor(), connect().cursor()
+    first, second, cursor = connect(), connect(), connect()
     cursor.execute("UPDATE user_counts SET users = -7 WHERE id = 0")
     first.execute("BEGIN; SELECT recalculate_user_count()")
     with ThreadPoolExecutor(1) as threads:
@@ -637,10 +681,9 @@ def test_triggers_recalculations_take_turns(connect, database):
 
 def test_triggers_recalculation_loses_nothing_under_load(connect, database):
     """Two sessions keep recalculating while others write and corrupt the count."""
-    writers_done = threading.Event()
 
     def write(number):
-        cursor = connect().cursor()
+        cursor = connect()
         for n in range(150):
             cursor.execute(ADD_USERS, (number * 10_000 + n, number * 10_000 + n))
             if n % 3 == 0:
@@ -652,25 +695,14 @@ def test_triggers_recalculation_loses_nothing_under_load(connect, database):
             if (number, n) == (0, 70):
                 cursor.execute("TRUNCATE user_list")
 
-    def recalculate():
-        cursor, rounds = connect().cursor(), 0
-        while not writers_done.is_set():
-            cursor.execute("SELECT recalculate_user_count()")
-            rounds += 1
-        return rounds
-
-    with ThreadPoolExecutor(10) as threads:
-        recalculations = [threads.submit(recalculate) for _ in range(2)]
-        try:
-            list(threads.map(write, range(8)))
-        finally:
-            writers_done.set()
-        assert min(recalculation.result() for recalculation in recalculations) > 3
-    cursor = connect().cursor()
-    cursor.execute("SELECT recalculate_user_count()")
+    recalculate = "SELECT recalculate_user_count()"
+    recalculating = [partial(connect().execute, recalculate) for _ in range(2)]
+    with in_background(*recalculating) as rounds, ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(8)))
+    assert min(map(len, rounds)) > 3
+    cursor = connect()
+    assert cursor.value(recalculate) > 0
     assert_exact(cursor)
-    cursor.execute("SELECT count(*) > 0 FROM user_list")
-    assert cursor.fetchone() == (True,)
 
 
 @pytest.fixture
@@ -698,8 +730,7 @@ def test_triggers_need_rights_on_user_list_alone(cursor, database, role):
     ):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             cursor.execute(forbidden)
-    cursor.execute("SELECT count(*) FROM pg_temp.user_counts")
-    assert cursor.fetchone() == (0,)
+    assert cursor.value("SELECT count(*) FROM pg_temp.user_counts") == 0
     cursor.execute("DROP TABLE pg_temp.user_counts; RESET SESSION AUTHORIZATION")
     assert_exact(cursor, 4)
 
@@ -771,11 +802,11 @@ OPTIONAL = ["change", "look", "prepare", "replace", "reset", "truncate"]
 
 
 class Session:
-    """A connection, and what the model knows of it and of its open transaction."""
+    """A cursor, and what the model knows of its session and of its open transaction."""
 
-    def __init__(self, number, connection):
-        self.number, self.connection, self.cursor = number, connection, connection.cursor()
-        self.backend_pid = connection.info.backend_pid
+    def __init__(self, number, cursor):
+        self.number, self.cursor = number, cursor
+        self.backend_pid = cursor.connection.info.backend_pid
         self.max_rows = 1  # in user_counts
         self.has_prepared = False  # which its own row may have to wait for
         self.end()
@@ -799,38 +830,36 @@ class Interleaving(RuleBasedStateMachine):
         super().__init__()
         self.connections = ExitStack()
         self.server, self.database = server | {"options": "-c lock_timeout=10ms"}, database
-        self.cursor = self.connect().cursor()
-        self.cursor.execute(
+        self.cursor = self.connect()
+        self.last_updated = self.cursor.value(
             f"{TRIGGERS('replica')}TRUNCATE user_list, user_counts, teams RESTART IDENTITY;"
             f"{TRIGGERS('origin')}SELECT recalculate_user_count();"
             "SELECT last_updated FROM user_stats"
         )
-        [self.last_updated] = self.cursor.fetchone()
         self.sessions = [Session(number, self.connect()) for number in range(3)]
         self.users, self.prepared, self.numbers = 0, {}, itertools.count(1)
         self.has_truncated = False
 
     def connect(self):
-        return self.connections.enter_context(closing(setup_db.connect(self.server, self.database)))
+        return self.connections.enter_context(open_cursor(self.server, self.database))
 
     def disconnect(self, *sessions):
         for session in sessions:
-            session.connection.close()
+            session.cursor.connection.close()
         pids = [[session.backend_pid for session in sessions]]
         listed = "SELECT FROM pg_stat_activity WHERE pid = ANY (%s)"
-        wait_until(lambda: self.cursor.execute(listed, pids) or not self.cursor.rowcount)
+        wait_until(lambda: not self.cursor.rows(listed, pids))
 
     def is_truncated(self, but_for=None):
         """Whether a transaction of another session has truncated user_list and is not committed."""
         if not self.has_truncated:
             return False
-        self.cursor.execute(
-            "SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = database"
+        return self.cursor.value(
+            "SELECT count(*) > 0 FROM pg_locks JOIN pg_database ON pg_database.oid = database"
             " WHERE datname = current_database() AND relation = 'user_list'::regclass"
             " AND mode = 'AccessExclusiveLock' AND pid IS DISTINCT FROM %s",
             [but_for.backend_pid if but_for else 0],
         )
-        return self.cursor.rowcount > 0
 
     def conflicts(self, session):
         """What SERIALIZABLE may raise: if it has read nothing, only a prepared culprit can."""
@@ -843,7 +872,7 @@ class Interleaving(RuleBasedStateMachine):
             session.cursor.copy_expert(sql, file) if file else session.cursor.execute(sql)
             return True
         except expected:
-            status = session.connection.info.transaction_status
+            status = session.cursor.connection.info.transaction_status
         if status == TRANSACTION_STATUS_INERROR and session.users_added[1:]:
             session.cursor.execute("ROLLBACK TO s")
             session.users_added[-1] = 0
@@ -885,8 +914,8 @@ class Interleaving(RuleBasedStateMachine):
             if session.is_watched:
                 self.look(session)
         if not self.is_truncated():
-            self.cursor.execute("SELECT *, (SELECT count(*) FROM user_list) FROM user_stats")
-            [(row_id, total_users, last_updated, listed)] = self.cursor.fetchall()
+            stats = "SELECT *, (SELECT count(*) FROM user_list) FROM user_stats"
+            row_id, total_users, last_updated, listed = self.cursor.row(stats)
             assert (row_id, total_users, listed) == (1, self.users, self.users)
             assert last_updated >= self.last_updated
             self.last_updated = last_updated
@@ -897,7 +926,7 @@ class Interleaving(RuleBasedStateMachine):
         if self.is_truncated(but_for=session):
             return
         if self.attempt(session, self.conflicts(session), look):
-            [(row_id, total_users, listed)] = session.cursor.fetchall()
+            [(row_id, total_users, listed)] = session.cursor
             assert (row_id, total_users) == (1, listed)
 
     def begin(self, session, isolation, is_watched):
@@ -957,12 +986,11 @@ class Interleaving(RuleBasedStateMachine):
             return
         self.add(session, len(numbers))
         if session.isolation != "SERIALIZABLE" and not session.has_prepared:
-            session.cursor.execute(
+            own = (
                 "SELECT count(*) <= %s, max(writes) <= 64, current_setting('usercount.row') <> ''"
-                " FROM user_counts WHERE backend = pg_backend_pid()",
-                [session.max_rows],
+                " FROM user_counts WHERE backend = pg_backend_pid()"
             )
-            assert session.cursor.fetchall() == [(True, True, True)]
+            assert session.cursor.row(own, [session.max_rows]) == (True, True, True)
 
     def change(self, session, name):
         sql, users_added = CHANGES[name]
@@ -994,8 +1022,8 @@ class Interleaving(RuleBasedStateMachine):
             for name in self.prepared:
                 self.cursor.execute(f"ROLLBACK PREPARED '{name}'")
             self.cursor.execute(ADD_USERS, (0, 0))
-            self.cursor.execute("SELECT count(*) FROM user_counts")
-            assert self.cursor.fetchone()[0] <= 2  # corrections, and those of this session
+            rows = self.cursor.value("SELECT count(*) FROM user_counts")
+            assert rows <= 2  # corrections, and those of this session
 
 
 @pytest.mark.parametrize("number", SEEDS)
@@ -1044,52 +1072,36 @@ CLASSIC_SCHEMA = """
 """
 
 
+LIST_INDEXES = "SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%' ORDER BY 1"
+
+
 def test_setup_replaces_a_single_row_counter_under_load(
     server, connect, cursor, empty_database, role
 ):
     cursor.execute(CLASSIC_SCHEMA)
     cursor.execute(ADD_USERS, (1, 1000))
     cursor.execute(f"GRANT SELECT ON user_stats TO {role[0]}")
-    is_done, signed_up = threading.Event(), []
+    numbers = itertools.count(1001)
 
-    def sign_up(number):
-        writer, n = connect().cursor(), number
-        while not is_done.is_set():
-            writer.execute(ADD_USERS, (n, n))
-            signed_up.append(n)
-            n += 1
+    def sign_up(writer):
+        writer.execute(ADD_USERS, [next(numbers)] * 2)
 
-    with ThreadPoolExecutor(4) as threads:
-        writers = [threads.submit(sign_up, number * 1_000_000) for number in range(1, 5)]
-        try:
-            wait_until(lambda: len(signed_up) > 100)
-            done = run_setup(environment(server, empty_database))
-            before = len(signed_up)
-            wait_until(lambda: len(signed_up) > before + 100)
-        finally:
-            is_done.set()
-        for writer in writers:
-            writer.result()  # none failed
-    assert done.returncode == 0, done.stderr
-    assert_exact(cursor, 1000 + len(signed_up))
-
-    cursor.execute(
+    with in_background(*(partial(sign_up, connect()) for _ in range(4))) as signed_up:
+        wait_until(lambda: sum(map(len, signed_up)) > 100)
+        set_up(environment(server, empty_database))
+        before = sum(map(len, signed_up))
+        wait_until(lambda: sum(map(len, signed_up)) > before + 100)
+    total = 1000 + sum(map(len, signed_up))
+    assert_exact(cursor, total)
+    types = cursor.column(
         "SELECT typname FROM pg_attribute JOIN pg_type t ON t.oid = atttypid"
         " WHERE attrelid = 'user_list'::regclass AND attnum > 0 ORDER BY attnum"
     )
-    assert [name for (name,) in cursor] == [
-        "int8",
-        "varchar",
-        "varchar",
-        "timestamptz",
-        "timestamptz",
-    ]
-    cursor.execute("SELECT DISTINCT seqtypid::regtype::text FROM pg_sequence")
-    assert cursor.fetchall() == [("bigint",)]
-    cursor.execute("SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%'")
-    assert cursor.fetchall() == [("idx_user_list_created_at",)]
-    cursor.execute(f"SET SESSION AUTHORIZATION {role[0]}; SELECT total_users FROM user_stats")
-    assert cursor.fetchone() == (1000 + len(signed_up),)
+    assert types == ["int8", "varchar", "varchar", "timestamptz", "timestamptz"]
+    assert cursor.column("SELECT DISTINCT seqtypid::regtype::text FROM pg_sequence") == ["bigint"]
+    assert cursor.column(LIST_INDEXES) == ["idx_user_list_created_at"]
+    cursor.execute(f"SET SESSION AUTHORIZATION {role[0]}")
+    assert_total(cursor, total)
 
 
 def test_setup_replaces_old_triggers_whatever_their_names(server, cursor, empty_database):
@@ -1097,9 +1109,8 @@ def test_setup_replaces_old_triggers_whatever_their_names(server, cursor, empty_
     cursor.execute("ALTER TRIGGER user_insert_trigger ON user_list RENAME TO old_insert")
     cursor.execute("ALTER TRIGGER user_delete_trigger ON user_list RENAME TO old_delete")
     cursor.execute(ADD_USERS, (1, 5))
-    done = run_setup(environment(server, empty_database))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Replaced the single-row counter: DROP TRIGGER old_insert")
+    output = set_up(environment(server, empty_database))
+    assert output.startswith("Replaced the single-row counter: DROP TRIGGER old_insert")
     cursor.execute(ADD_USERS, (6, 8))
     cursor.execute("DELETE FROM user_list WHERE username = '1'")
     assert_exact(cursor, 7)
@@ -1112,12 +1123,8 @@ def test_setup_drops_no_index_that_is_not_redundant(cursor, empty_database):
         " user_list_email_key; CREATE UNIQUE INDEX idx_user_list_username ON user_list (username)"
     )
     cursor.execute(SCHEMA)
-    cursor.execute("SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%' ORDER BY 1")
-    assert [name for (name,) in cursor] == [
-        "idx_user_list_created_at",
-        "idx_user_list_email",
-        "idx_user_list_username",
-    ]
+    kept = ["idx_user_list_created_at", "idx_user_list_email", "idx_user_list_username"]
+    assert cursor.column(LIST_INDEXES) == kept
 
 
 FIRST_EDITION = """
@@ -1138,8 +1145,7 @@ FIRST_EDITION = """
 
 def test_setup_upgrades_its_first_edition(server, cursor, empty_database, role):
     cursor.execute(FIRST_EDITION + f"GRANT SELECT ON user_stats TO {role[0]}")
-    done = run_setup(environment(server, empty_database))
-    assert (done.returncode, done.stderr) == (0, "")
+    set_up(environment(server, empty_database))
     cursor.execute("INSERT INTO user_list VALUES (8), (9)")
     assert_exact(cursor, 9)
     cursor.execute(f"SET SESSION AUTHORIZATION {role[0]}")
@@ -1170,20 +1176,20 @@ def test_setup_leaves_the_counter_to_the_owner_of_user_list(
             cursor.execute(f"RESET ROLE; REVOKE CREATE ON SCHEMA public FROM {owner}")
             cursor.execute(SCHEMA)
         cursor.execute("RESET ROLE")
-        cursor.execute(
+        owners = cursor.column(
             "SELECT DISTINCT relowner::regrole::text FROM pg_class"
             " WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v', 'S')"
             " UNION SELECT proowner::regrole::text FROM pg_proc"
             " WHERE pronamespace = 'public'::regnamespace"
         )
-        assert cursor.fetchall() == [(owner,)]
-        cursor.execute(
+        assert owners == [owner]
+        granted_to_others = cursor.column(
             "SELECT relname FROM pg_class, aclexplode(relacl)"
             " WHERE relname ~ '^user_counts' AND grantee <> relowner"
             " UNION SELECT proname FROM pg_proc, aclexplode(proacl)"
             " WHERE pronamespace = 'public'::regnamespace AND grantee <> proowner"
         )
-        assert cursor.fetchall() == []
+        assert granted_to_others == []
         cursor.execute(f"GRANT INSERT ON user_list TO {reader}; SET ROLE {reader}")
         cursor.execute("INSERT INTO user_list (id, username, email) VALUES (100, 'x', 'x')")
         if existing == CLASSIC_SCHEMA:
@@ -1249,16 +1255,15 @@ NOT_OURS = {  # what is in the way, and what the error names
 def test_setup_leaves_alone_what_it_does_not_recognize(server, cursor, empty_database, role, case):
     existing, named = NOT_OURS[case]
     cursor.execute(existing.replace("{role}", role[0]))
-    cursor.execute("SELECT max(xmin::text::bigint), count(*) FROM pg_class")
-    before = cursor.fetchone()
+    state = "SELECT max(xmin::text::bigint), count(*) FROM pg_class"
+    before = cursor.row(state)
     assert_one_line_error(run_setup(environment(server, empty_database)), named, "not recognized")
-    cursor.execute("SELECT max(xmin::text::bigint), count(*) FROM pg_class")
-    assert cursor.fetchone() == before
+    assert cursor.row(state) == before
 
 
 def test_setup_never_runs_code_of_another_role(connect, empty_database, role):
     """The other role plants overloads that match better than those in pg_catalog."""
-    cursor, intruder = connect().cursor(), connect().cursor()
+    cursor, intruder = connect(), connect()
     cursor.execute(f"GRANT CREATE ON SCHEMA public TO {role[0]}; CREATE TABLE caught (name text)")
     cursor.execute("GRANT INSERT ON caught TO PUBLIC")
     intruder.execute(f"SET SESSION AUTHORIZATION {role[0]}")
@@ -1304,8 +1309,7 @@ def test_setup_never_runs_code_of_another_role(connect, empty_database, role):
         intruder.execute(ADD_USERS, (n, n))
     intruder.execute("DELETE FROM public.user_list WHERE username = '1'")
     cursor.execute("SELECT recalculate_user_count()")
-    cursor.execute("SELECT DISTINCT name FROM caught WHERE name <> %s", [role[0]])
-    assert cursor.fetchall() == []
+    assert cursor.rows("SELECT DISTINCT name FROM caught WHERE name <> %s", [role[0]]) == []
     assert_exact(cursor, 899)
 
 
@@ -1356,19 +1360,18 @@ TRAPS = {
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_setup_by_a_superuser_runs_no_code_of_the_owner(connect, empty_database, role, trap):
-    cursor, intruder = connect().cursor(), connect().cursor()
+    cursor, intruder = connect(), connect()
     cursor.execute(f"GRANT CREATE ON SCHEMA public TO {role[0]}")
     intruder.execute(f"SET SESSION AUTHORIZATION {role[0]}")
     intruder.execute(ESCALATE.replace("{role}", role[0]) + TRAPS[trap])
     with pytest.raises(psycopg2.Error, match=r"^(not recognized as part of a counter|run this as)"):
         cursor.execute(SCHEMA)
     cursor.execute("ROLLBACK")
-    cursor.execute("SELECT rolsuper FROM pg_roles WHERE rolname = %s", [role[0]])
-    assert cursor.fetchone() == (False,)
+    assert not cursor.value("SELECT rolsuper FROM pg_roles WHERE rolname = %s", [role[0]])
 
 
 def test_setup_adopts_nothing_that_is_planted_while_it_waits(connect, database, role):
-    cursor, intruder, reader = (connect().cursor() for _ in range(3))
+    cursor, intruder, reader = (connect() for _ in range(3))
     cursor.execute("DROP TABLE user_counts CASCADE; DROP FUNCTION update_user_count() CASCADE")
     cursor.execute(
         "DROP FUNCTION recalculate_user_count(); DROP FUNCTION set_user_updated_at CASCADE"
@@ -1384,13 +1387,11 @@ def test_setup_adopts_nothing_that_is_planted_while_it_waits(connect, database, 
         )
         with pytest.raises(psycopg2.Error, match="not recognized as part of a counter"):
             setup.result()
-    cursor.execute("ROLLBACK; SELECT rolsuper FROM pg_roles WHERE rolname = %s", [role[0]])
-    assert cursor.fetchone() == (False,)
+    assert not cursor.value("ROLLBACK; SELECT rolsuper FROM pg_roles WHERE rolname = %s", [role[0]])
 
 
-def test_triggers_work_beside_overloads_with_defaults(connect, database):
+def test_triggers_work_beside_overloads_with_defaults(connect, cursor, database):
     """They would make calls of our functions ambiguous."""
-    cursor = connect().cursor()
     for name in ("update_user_count", "recalculate_user_count", "fold_user_counts"):
         cursor.execute(
             f"CREATE FUNCTION {name}(int DEFAULT 0) RETURNS bigint LANGUAGE sql AS 'SELECT 1'"
@@ -1401,7 +1402,7 @@ def test_triggers_work_beside_overloads_with_defaults(connect, database):
 
 
 def test_setup_again_neither_waits_for_readers_nor_blocks_them(connect, database):
-    cursor, reader = connect().cursor(), connect().cursor()
+    cursor, reader = connect(), connect()
     reader.execute("BEGIN; SELECT total_users FROM user_stats")
     cursor.execute("SET lock_timeout = '2s'; " + SCHEMA)
     reader.execute(ADD_USERS, (1, 1))
@@ -1409,25 +1410,19 @@ def test_setup_again_neither_waits_for_readers_nor_blocks_them(connect, database
     assert_exact(reader, 1)
 
 
-def test_setup_twice_at_the_same_instant(server):
-    name = f"usercount_test_{secrets.token_hex(6)}"
-    try:
-        with ThreadPoolExecutor(3) as threads:
-            for done in threads.map(run_setup, [environment(server, name)] * 3):
-                assert (done.returncode, done.stderr) == (0, "")
-    finally:
-        with closing(setup_db.connect(server, "postgres")) as admin:
-            admin.cursor().execute(f"DROP DATABASE IF EXISTS {name}")
+def test_setup_twice_at_the_same_instant(server, missing_database):
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(set_up, [environment(server, missing_database)] * 3))
 
 
 def test_setup_is_exact_whatever_the_default_isolation(connect, empty_database):
-    cursor, writer = connect().cursor(), connect().cursor()
+    cursor, writer = connect(), connect()
     cursor.execute(SCHEMA)
     cursor.execute("SET default_transaction_isolation = 'repeatable read'")
     writer.execute("BEGIN; ALTER TABLE user_list DISABLE TRIGGER USER; " + ADD_USERS, (1, 3))
     with ThreadPoolExecutor(1) as threads:
         setup = threads.submit(cursor.execute, SCHEMA)
-        reader = connect().cursor()
+        reader = connect()
         wait_until(lambda: has_lock_waiters(reader))
         writer.execute("ALTER TABLE user_list ENABLE TRIGGER USER; COMMIT")
         setup.result()
@@ -1439,9 +1434,8 @@ def test_setup_adopts_a_user_list_with_rows(server, cursor, empty_database):
     cursor.execute("CREATE TABLE user_list (id int PRIMARY KEY, username text, email text)")
     cursor.execute("INSERT INTO user_list SELECT n FROM generate_series(1, 7) AS n")
     for _ in range(2):
-        done = run_setup(environment(server, empty_database))
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == f"Applied schema.sql to {empty_database}. Users: 7.\n"
+        output = set_up(environment(server, empty_database))
+        assert output == f"Applied schema.sql to {empty_database}. Users: 7.\n"
     cursor.execute("UPDATE user_list SET username = 'x' WHERE id = 1")
     assert_exact(cursor, 7)
 
@@ -1461,21 +1455,13 @@ def test_setup_runs_through_psql_again_and_again(server, cursor, empty_database,
     assert_exact(cursor, 0)
 
 
-def test_setup_creates_a_database_and_adds_sample_users(server):
-    name = f"usercount_test_{secrets.token_hex(6)}"
-    try:
-        done = run_setup(environment(server, name))
-        assert (
-            done.stdout
-            == f"Created the database {name}.\nApplied schema.sql to {name}. Users: 0.\n"
-        )
-        run_setup(environment(server, name), "sample")
-        done = run_setup(environment(server, name), "sample", "25000")
-        assert done.stdout == f"Added 25000 sample users to {name}. Users: 25010.\n"
-        assert (done.returncode, done.stderr) == (0, "")
-    finally:
-        with closing(setup_db.connect(server, "postgres")) as admin:
-            admin.cursor().execute(f"DROP DATABASE IF EXISTS {name}")
+def test_setup_creates_a_database_and_adds_sample_users(server, missing_database):
+    settings, name = environment(server, missing_database), missing_database
+    created = f"Created the database {name}.\nApplied schema.sql to {name}. Users: 0.\n"
+    assert set_up(settings) == created
+    set_up(settings, "sample")
+    added = f"Added 25000 sample users to {name}. Users: 25010.\n"
+    assert set_up(settings, "sample", "25000") == added
 
 
 def assert_one_line_error(done, *words):
@@ -1500,18 +1486,19 @@ def test_setup_reports_errors_in_one_line(server, empty_database, cursor, role):
 
 
 @pytest.mark.parametrize(
-    "name, text",
+    "setting",
     [
-        ("PORT", "abc"),
-        ("PORT", "99999"),
-        ("PORT", "1_0"),
-        ("DB_PORT", "x"),
-        ("DB_PORT", "1,2"),
-        ("DB_HOST", "a,,b"),
-        ("APP_ENV", "test"),
+        "PORT=abc",
+        "PORT=99999",
+        "PORT=1_0",
+        "DB_PORT=x",
+        "DB_PORT=1,2",
+        "DB_HOST=a,,b",
+        "APP_ENV=test",
     ],
 )
-def test_setup_rejects_invalid_settings(server, name, text):
+def test_setup_rejects_invalid_settings(server, setting):
+    name, text = setting.split("=")
     done = subprocess.run(
         [sys.executable, "-m", "gunicorn", "usercount:app"],
         cwd=HERE,
@@ -1546,8 +1533,7 @@ def test_setup_run_starts_and_stops_everything(signum):
             wait_until(lambda: client.get()[0] == 200, 30)
             assert client.count() == expected
             if expected == 10:
-                done = run_setup(embedded, "sample", "3", folder=folder)
-                assert "from_file" in done.stdout
+                assert "from_file" in run_setup(embedded, "sample", "3", folder=folder).stdout
                 done = run_setup(settings, "run", folder=folder)
                 assert_one_line_error(done, f"PORT {client.port}")
                 other = settings | {"PORT": str(free_port())}
@@ -1570,8 +1556,7 @@ def test_setup_run_starts_and_stops_everything(signum):
 
 def test_api_answers_in_the_agreed_shape(service, cursor):
     cursor.execute(ADD_USERS, (1, 42))
-    cursor.execute("SELECT last_updated FROM user_stats")
-    [last_updated] = cursor.fetchone()
+    last_updated = cursor.value("SELECT last_updated FROM user_stats")
     status, headers, body = service.get("/api/usercount")
     assert status == 200
     assert body == f'{{"totalUsers": 42, "lastUpdated": "{usercount.iso_utc(last_updated)}"}}\n'
@@ -1640,14 +1625,13 @@ def test_api_serves_as_a_role_that_may_only_read_user_stats(
         assert service.count() == 0
 
 
-def test_api_coalesces_requests_however_the_path_is_written(service, connect, database):
+def test_api_coalesces_requests_however_the_path_is_written(service, cursor):
     """Otherwise each would be a read of its own."""
     with ThreadPoolExecutor(40) as threads:
         paths = ["//api/usercount", "/api/usercount"] * 100
         assert {status for status, _, _ in threads.map(service.get, paths)} == {200}
-    cursor = connect().cursor()
-    cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'usercount'")
-    assert cursor.fetchone()[0] <= usercount.MAX_IDLE_CONNECTIONS
+    connected = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'usercount'"
+    assert cursor.value(connected) <= usercount.MAX_IDLE_CONNECTIONS
 
 
 def slow_down(cursor, seconds, column="NULL"):
@@ -1661,55 +1645,33 @@ def slow_down(cursor, seconds, column="NULL"):
 def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
     """Reads right after each commit, while others keep reading."""
     slow_down(cursor, 0.005)  # so that a read is almost always under way when a request arrives
-    is_done = threading.Event()
     settings = environment(server, database, WEB_CONCURRENCY="2")
-
-    def load(service):
-        answers = 0
-        with closing(http.client.HTTPConnection("127.0.0.1", service.port)) as connection:
-            while not is_done.is_set():
-                connection.request("GET", "/api/usercount")
-                response = connection.getresponse()
-                response.read()
-                assert response.status == 200
-                answers += 1
-        return answers
-
-    with running_service(settings, tmp_path) as service, ThreadPoolExecutor(16) as threads:
-        loads = [threads.submit(load, service) for _ in range(16)]
-        try:
+    with running_service(settings, tmp_path) as service, ExitStack() as connections:
+        clients = [service.connect(connections) for _ in range(16)]
+        with in_background(*(partial(get_again, client) for client in clients)) as statuses:
             for number in range(1, 301):
                 cursor.execute(ADD_USERS, (number, number))
                 assert service.count() == number
-        finally:
-            is_done.set()
-        assert all(load.result() > 0 for load in loads)
+    assert all(set(each) == {200} for each in statuses)
 
 
-def test_api_coalesces_requests_and_never_uses_an_older_read(service, connect, database):
-    cursor = connect().cursor()
+def test_api_coalesces_requests_and_never_uses_an_older_read(service, cursor):
     cursor.execute("CREATE SEQUENCE reads")
     slow_down(cursor, 1, "nextval('reads')")
     with ThreadPoolExecutor(31) as threads:
         first = threads.submit(service.count)
-        wait_until(lambda: cursor.execute("SELECT is_called FROM reads") or cursor.fetchone()[0])
+        wait_until(lambda: cursor.value("SELECT is_called FROM reads"))
         cursor.execute(ADD_USERS, (1, 1))  # after the first read began, before the others arrive
         others = [threads.submit(service.count) for _ in range(30)]
         assert first.result() == 0
         assert {other.result() for other in others} == {1}
-    cursor.execute("SELECT last_value FROM reads")
-    assert cursor.fetchone() == (2,)
+    assert cursor.value("SELECT last_value FROM reads") == 2
 
 
 def test_api_logs_slow_queries(service, cursor):
     slow_down(cursor, 0.15)
     service.count()
-    assert (
-        len(
-            re.findall(r"Slow query: 1[5-9]\d ms|Slow query: [2-9]\d\d ms", service.log.read_text())
-        )
-        == 1
-    )
+    assert len(re.findall(r"Slow query: (1[5-9]|[2-9]\d)\d ms", service.log.read_text())) == 1
 
 
 HOSTILE_REQUESTS = [
@@ -1744,21 +1706,9 @@ def send(port, data):
 def test_api_no_client_changes_what_another_gets(service, cursor):
     cursor.execute(ADD_USERS, (1, 42))
     slow_down(cursor, 0.01)  # so that requests gather in batches
-    is_done = threading.Event()
-
-    def attack(request):
-        while not is_done.is_set():
-            send(service.port, request)
-
     requests = HOSTILE_REQUESTS + HOSTILE_REQUESTS[:1] * 4
-    with ThreadPoolExecutor(len(requests)) as threads:
-        attacks = [threads.submit(attack, request) for request in requests]
-        try:
-            assert {service.count() for _ in range(200)} == {42}
-        finally:
-            is_done.set()
-        for attack in attacks:
-            attack.result()
+    with in_background(*(partial(send, service.port, request) for request in requests)):
+        assert {service.count() for _ in range(200)} == {42}
     log = service.log.read_text()
     assert "Traceback" not in log
     assert re.search(
@@ -1816,13 +1766,10 @@ def test_api_cuts_off_clients_that_drip_or_never_read(service):
         began = time.monotonic()
         hostile = [threads.submit(drip, client) for client in clients[:2]]
         hostile += [threads.submit(flood, client) for client in clients[2:4]]
-        patient = stack.enter_context(closing(http.client.HTTPConnection(*address)))
+        patient = service.connect(stack)
         while not all(future.done() for future in hostile) or time.monotonic() - began < 13:
-            patient.request("GET", "/health")  # always on the same connection
-            response = patient.getresponse()
-            assert (response.status, bool(response.read())) == (200, True)
+            assert get_again(patient) == 200
             assert time.monotonic() - began < 15
-            patient.auto_open = False
             time.sleep(0.1)
 
 
@@ -1859,12 +1806,12 @@ def test_api_works_without_gunicorn(server, database):
 @pytest.fixture(scope="module")
 def cluster():
     with running_cluster() as cluster:
-        with closing(setup_db.connect(cluster.params, "postgres")) as connection:
-            connection.cursor().execute("CREATE DATABASE served")
-            connection.cursor().execute("CREATE ROLE reader LOGIN")
-        with closing(setup_db.connect(cluster.params, "served")) as connection:
-            connection.cursor().execute(SCHEMA)
-            connection.cursor().execute("GRANT SELECT ON user_stats TO reader")
+        with open_cursor(cluster.params) as cursor:
+            cursor.execute("CREATE DATABASE served")
+            cursor.execute("CREATE ROLE reader LOGIN")
+        with open_cursor(cluster.params, "served") as cursor:
+            cursor.execute(SCHEMA)
+            cursor.execute("GRANT SELECT ON user_stats TO reader")
         yield cluster
 
 
@@ -1877,40 +1824,33 @@ def exposed_service(cluster, tmp_path_factory):
 
 
 @contextmanager
+def done_and_undone(do, undo):
+    do()
+    try:
+        yield
+    finally:
+        undo()
+
+
 def stopped(cluster):
-    cluster.stop()
-    try:
-        yield
-    finally:
-        cluster.start()
+    return done_and_undone(cluster.stop, cluster.start)
 
 
-@contextmanager
 def killed(cluster):
-    cluster.kill()
-    try:
-        yield
-    finally:
-        cluster.start()
+    return done_and_undone(cluster.kill, cluster.start)
 
 
-@contextmanager
 def frozen(cluster):
-    cluster.signal_all(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        cluster.signal_all(signal.SIGCONT)
+    freeze = partial(cluster.signal_all, signal.SIGSTOP)
+    return done_and_undone(freeze, partial(cluster.signal_all, signal.SIGCONT))
 
 
 @contextmanager
 def executed(cluster, database, break_sql, restore_sql):
-    with closing(setup_db.connect(cluster.params, database)) as connection:
-        connection.cursor().execute(break_sql)
-        try:
+    with open_cursor(cluster.params, database) as cursor:
+        execute = partial(partial, cursor.execute)
+        with done_and_undone(execute(break_sql), execute(restore_sql)):
             yield
-        finally:
-            connection.cursor().execute(restore_sql)
 
 
 def locked(cluster):
@@ -1935,8 +1875,8 @@ def renamed(cluster):
 
 
 def without_schema(cluster):
-    mend = "ALTER VIEW lost_stats RENAME TO user_stats"
-    return executed(cluster, "served", "ALTER VIEW user_stats RENAME TO lost_stats", mend)
+    restore = "ALTER VIEW lost_stats RENAME TO user_stats"
+    return executed(cluster, "served", "ALTER VIEW user_stats RENAME TO lost_stats", restore)
 
 
 def without_right(cluster):
@@ -2024,30 +1964,15 @@ def test_faults_of_the_address_are_answered_in_time(listener, tmp_path):
 
 
 def test_faults_of_idle_connections_fail_no_request(cluster, exposed_service):
-    is_done = threading.Event()
-
-    def ask():
-        statuses = set()
-        while not is_done.is_set():
-            statuses |= {exposed_service.get(path)[0] for path in ("/api/usercount", "/health")}
-        return statuses
-
-    with (
-        ThreadPoolExecutor(8) as threads,
-        closing(setup_db.connect(cluster.params, "postgres")) as admin,
-    ):
-        asking = [threads.submit(ask) for _ in range(8)]
+    paths = ["/api/usercount", "/health"] * 4
+    asking = [partial(exposed_service.get, path) for path in paths]
+    with in_background(*asking) as responses, open_cursor(cluster.params) as cursor:
         terminated = 0
-        try:
-            for _ in range(40):
-                admin.cursor().execute("SELECT pg_sleep(0.02)")
-                with admin.cursor() as cursor:
-                    cursor.execute(TERMINATE)
-                    terminated += cursor.rowcount
-        finally:
-            is_done.set()
-        assert set.union(*(future.result() for future in asking)) == {200}
-        assert terminated > 20
+        for _ in range(40):
+            time.sleep(0.02)
+            terminated += len(cursor.rows(TERMINATE))
+    assert {status for status, _, _ in itertools.chain(*responses)} == {200}
+    assert terminated > 20
 
 
 def test_faults_leave_a_restarted_server_without_an_error(cluster, exposed_service):
@@ -2060,28 +1985,16 @@ def test_faults_leave_a_restarted_server_without_an_error(cluster, exposed_servi
 def test_faults_cancel_abandoned_queries_on_the_server(cluster, exposed_service):
     with locked(cluster):
         assert_unavailable(exposed_service.get_at_once())
-        with closing(setup_db.connect(cluster.params, "postgres")) as admin:
-            cursor = admin.cursor()
-
-            def are_queries_gone():
-                cursor.execute(
-                    "SELECT count(*) FROM pg_stat_activity"
-                    " WHERE usename = 'reader' AND state = 'active'"
-                )
-                return cursor.fetchone() == (0,)
-
-            wait_until(are_queries_gone)
+        active = "SELECT FROM pg_stat_activity WHERE usename = 'reader' AND state = 'active'"
+        with open_cursor(cluster.params) as cursor:
+            wait_until(lambda: not cursor.rows(active))
 
 
 def test_faults_never_open_more_connections_than_the_pool_keeps(cluster, exposed_service):
-    with closing(setup_db.connect(cluster.params, "postgres")) as admin:
-        cursor = admin.cursor()
-        with ThreadPoolExecutor(10) as threads:
-            for _ in range(10):
-                threads.submit(exposed_service.get_at_once, 10)
-            for _ in range(50):
-                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'")
-                assert cursor.fetchone()[0] <= usercount.MAX_IDLE_CONNECTIONS
+    connected = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'"
+    with in_background(exposed_service.get_at_once), open_cursor(cluster.params) as cursor:
+        for _ in range(50):
+            assert cursor.value(connected) <= usercount.MAX_IDLE_CONNECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -2099,39 +2012,26 @@ def test_faults_of_the_primary_cost_no_request_and_end_with_it(cluster, standby,
     both = {name: f"{cluster.params[name]},{standby.params[name]}" for name in ("host", "port")}
     settings = environment(cluster.params | both, "served", WEB_CONCURRENCY="2")
     arguments = "--pythonpath", tmp_path, "hasty:app"
-    is_done = threading.Event()
-
-    def ask(path):
-        statuses = set()
-        while not is_done.is_set():
-            statuses.add(service.get(path)[0])
-        return statuses
-
-    with (
-        running_service(settings, tmp_path, *arguments) as service,
-        ThreadPoolExecutor(4) as threads,
-    ):
+    with running_service(settings, tmp_path, *arguments) as service:
         users = service.count()
-        asking = [threads.submit(ask, path) for path in ("/api/usercount", "/health") * 2]
-        try:
+        asking = [partial(service.get, path) for path in ("/api/usercount", "/health") * 2]
+        with in_background(*asking) as responses:
             with fault(cluster):
                 time.sleep(4)  # the fault's, not ours
                 assert service.count() == users
             with (
-                closing(setup_db.connect(cluster.params, "served")) as primary,
+                open_cursor(cluster.params, "served") as primary,
                 closing(psycopg2.connect(**standby.params, dbname="served")) as replica,
             ):
                 replica.autocommit = True
                 replica.cursor().execute("SELECT pg_wal_replay_pause()")
                 name = secrets.token_hex(4)
-                primary.cursor().execute(
-                    "INSERT INTO user_list (username, email) VALUES (%s, %s)", [name, name]
+                primary.execute(
+                    "INSERT INTO user_list (username, email) VALUES (%s, %s)", [name] * 2
                 )
                 wait_until(lambda: [service.count() for _ in range(20)] == [users + 1] * 20)
                 replica.cursor().execute("SELECT pg_wal_replay_resume()")
-        finally:
-            is_done.set()
-        assert {status for future in asking for status in future.result()} == {200}
+        assert {status for status, _, _ in itertools.chain(*responses)} == {200}
         assert "Reading from" in service.log.read_text()
         assert "Traceback" not in service.log.read_text()
 
@@ -2175,8 +2075,8 @@ def test_faults_do_not_keep_sigterm_from_answering_waiting_requests(cluster, tmp
     service = Service(environment(cluster.params, "served"), tmp_path)
     with ThreadPoolExecutor(8) as threads, locked(cluster) as _:
         waiting = [threads.submit(service.get) for _ in range(8)]
-        with closing(setup_db.connect(cluster.params, "served")) as admin:
-            wait_until(lambda: has_lock_waiters(admin.cursor()))
+        with open_cursor(cluster.params, "served") as cursor:
+            wait_until(lambda: has_lock_waiters(cursor))
         service.process.terminate()
         time.sleep(1)  # the lock's, not ours
     try:
