@@ -21,6 +21,7 @@ check: .venv/installed  ## lint and formatting
 	$(BIN)/ruff format --check .
 
 .venv/installed: requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo Installing the requirements in .venv
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
