@@ -83,7 +83,7 @@ def add_sample_users(server, number):
                 " FROM generate_series(%s, %s) AS n, format('sample-%%s-%%s', %s, n) AS name",
                 [start + 1, end, run_id],
             )
-            if sys.stderr.isatty():
+            if number > BATCH_SIZE and sys.stderr.isatty():
                 bar = "#" * (40 * end // number)
                 last = "\n" if end == number else ""
                 print(f"\r[{bar:<40}] {end:,} of {number:,}", end=last, file=sys.stderr, flush=True)
@@ -197,6 +197,7 @@ def main(arguments):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit("Stopped."))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by a shell's background jobs
     try:
         sys.exit(main(sys.argv[1:]))
     except psycopg2.errors.UndefinedTable as error:
