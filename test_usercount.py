@@ -167,6 +167,7 @@ def environment(server, database, **settings):
         "DB_USER": server["user"],
         "DB_PASSWORD": server["password"] or "",
         "DB_NAME": database,
+        "APP_ENV": "production",
         **settings,
     }
 
@@ -1672,6 +1673,13 @@ def test_api_logs_slow_queries(service, cursor):
     slow_down(cursor, 0.15)
     service.count()
     assert len(re.findall(r"Slow query: (1[5-9]|[2-9]\d)\d ms", service.log.read_text())) == 1
+
+
+@pytest.mark.parametrize("app_env", ["development", "production"])
+def test_api_logs_each_read_only_in_development(server, database, tmp_path, app_env):
+    with running_service(environment(server, database, APP_ENV=app_env), tmp_path) as service:
+        service.count()
+        assert ("Read the count in " in service.log.read_text()) == (app_env == "development")
 
 
 HOSTILE_REQUESTS = [

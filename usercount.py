@@ -168,6 +168,7 @@ class TargetPool(ThreadedConnectionPool):
                 wait(connection, deadline)
                 row = cursor.fetchone()
             milliseconds = (time.monotonic() - began) * 1000
+            app.logger.debug("Read the count in %.1f ms", milliseconds)
             if milliseconds > SLOW_QUERY_MILLISECONDS and not self.has_logged_slow_query:
                 self.has_logged_slow_query = True
                 app.logger.warning("Slow query: %.0f ms", milliseconds)
