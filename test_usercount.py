@@ -73,7 +73,7 @@ class Cluster:
     def __init__(self, primary=None):
         """Create it, as a streaming standby if a primary is given."""
         self.folder = Path(tempfile.mkdtemp(prefix="usercount-"))
-        self.folder.chmod(0o755)  # as root, the server runs as another user
+        self.folder.chmod(0o755)  # run by root, the server switches to another user
         self.data = self.folder / "data"
         self.postgres = setup_db.embedded_postgres(self.data)
         self.port = free_port()
@@ -93,7 +93,7 @@ class Cluster:
             self.run("pg_basebackup", "-R", "-c", "fast", "-d", source, "-D", self.data)
 
     def run(self, program, *arguments):
-        # Into a file: the server inherits it, and a pipe would be waited for until it ends.
+        # Into a file: the server inherits the output, and reading a pipe would last until it ends.
         with (self.folder / "log").open("a") as log:
             subprocess.run(
                 [self.postgres.bin_path / program, *arguments],
@@ -123,7 +123,7 @@ class Cluster:
         """Send a signal to every process of the server and return them."""
         processes = self.processes()
         for process in processes:
-            with suppress(psutil.NoSuchProcess):  # one that was about to end anyway
+            with suppress(psutil.NoSuchProcess):  # it has just ended
                 process.send_signal(signum)
         return processes
 
@@ -193,7 +193,7 @@ def set_up(environment, *arguments):
 def in_background(*functions):
     """Call each function again and again, in a thread of its own, until the end of the block.
 
-    Yields a list of what each has returned so far, and raises what one of them has raised.
+    Yields a list of what each has returned so far; raises their first error at the end.
     """
     is_done = threading.Event()
 
@@ -302,7 +302,7 @@ class Client:
         """Return a connection that ends with `stack`."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, RESPONSE_TIMEOUT_SECONDS)
         connection.connect()
-        connection.auto_open = False  # never another one
+        connection.auto_open = False  # or it would reconnect unnoticed
         return stack.enter_context(closing(connection))
 
     def request(self, method, path, body=None):
@@ -738,11 +738,11 @@ def test_triggers_need_rights_on_user_list_alone(cursor, database, role):
 
 # --- The count under any interleaving of sessions ---
 
-# With HYPOTHESIS_PROFILE=thorough, pytest -k interleaving searches elsewhere each time, for long.
+# HYPOTHESIS_PROFILE=thorough searches longer, and elsewhere each time.
 IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 SEEDS = [secrets.randbits(32) for _ in range(300)] if IS_THOROUGH else range(15)
 SEARCH = settings(
-    max_examples=10,  # independent ones: what follows varies what has been tried
+    max_examples=10,  # independent ones; later examples only vary earlier ones
     stateful_step_count=50,
     deadline=None,
     database=None,
@@ -788,7 +788,7 @@ CHANGES = {  # statements, and the users that each adds, given the number of row
     ),
 }
 ISOLATION_LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-ACTIONS = [  # methods and arguments, each as often as it is to be chosen
+ACTIONS = [  # methods and arguments, repeated to be chosen more often
     *itertools.product(["begin"], ISOLATION_LEVELS, [True, False, False]),
     *itertools.product(["end"], ["COMMIT", "COMMIT", "ROLLBACK"] * 2),
     *itertools.product(["sign_up"], ["INSERT", "INSERT", "COPY", "150 INSERTs"] * 4),
@@ -809,22 +809,22 @@ class Session:
         self.number, self.cursor = number, cursor
         self.backend_pid = cursor.connection.info.backend_pid
         self.max_rows = 1  # in user_counts
-        self.has_prepared = False  # which its own row may have to wait for
+        self.has_prepared = False  # a transaction that its own row may have to wait for
         self.end()
 
     def __repr__(self):
         return f"state.sessions[{self.number}]"
 
     def end(self):
-        self.users_added = []  # none outside a transaction; one, and one more for each savepoint
+        self.users_added = []  # empty outside a transaction; one number more per savepoint
         self.isolation, self.is_watched, self.has_read = "READ COMMITTED", False, False
 
 
 class Interleaving(RuleBasedStateMachine):
-    """Three sessions on one database, which take turns, and the number of users committed.
+    """Three sessions that take turns on one database, and the number of users they have committed.
 
-    A transaction that is not watched reads nothing unasked: it then keeps no TRUNCATE waiting, and
-    in SERIALIZABLE it is never to blame for a conflict.
+    A transaction that is not watched reads nothing unless told to. So it keeps no TRUNCATE waiting
+    and, in SERIALIZABLE, causes no conflict.
     """
 
     def __init__(self, server, database):
@@ -863,7 +863,7 @@ class Interleaving(RuleBasedStateMachine):
         )
 
     def conflicts(self, session):
-        """What SERIALIZABLE may raise: if it has read nothing, only a prepared culprit can."""
+        """The errors that SERIALIZABLE may raise: none unless it or a prepared one has read."""
         is_exposed = session.has_read or "SERIALIZABLE" in dict(self.prepared.values())
         return WAITED if session.isolation == "SERIALIZABLE" and is_exposed else ()
 
@@ -895,7 +895,7 @@ class Interleaving(RuleBasedStateMachine):
         omitted=st.sets(st.sampled_from(OPTIONAL)),
     )
     def choose(self, isolation, omitted):
-        """Omit some actions, as what it takes to find a fault would seldom meet among them all."""
+        """Omit some actions, or the few that reveal a fault would seldom occur together."""
         self.actions = [
             action
             for action in ACTIONS
@@ -906,7 +906,7 @@ class Interleaving(RuleBasedStateMachine):
         session=st.runner().flatmap(lambda state: st.sampled_from(state.sessions)),
         action=st.runner().flatmap(lambda state: st.sampled_from(state.actions)),
     )
-    def act(self, session, action):  # a single rule, as each run omits some rules
+    def act(self, session, action):  # one rule, as hypothesis omits some rules in each run
         getattr(self, action[0])(session, *action[1:])
 
     @invariant()
@@ -971,7 +971,7 @@ class Interleaving(RuleBasedStateMachine):
             self.users += users if how == "COMMIT PREPARED" else 0
 
     def sign_up(self, session, how):
-        """Add users whom nobody else knows of, which must neither wait nor fail."""
+        """Add users that no other session refers to, which must neither wait nor fail."""
         may_wait = session.has_prepared or self.is_truncated(but_for=session)
         expected = WAITED if may_wait else self.conflicts(session)
         numbers = [next(self.numbers) for _ in range(150 if how == "150 INSERTs" else 2)]
@@ -1040,7 +1040,7 @@ def test_triggers_are_exact_under_any_interleaving_of_sessions(server, database,
 
 # --- Setting up ---
 
-CLASSIC_SCHEMA = """
+SINGLE_ROW_COUNTER = """
     CREATE TABLE user_list (
         id SERIAL PRIMARY KEY,
         username VARCHAR(255) NOT NULL UNIQUE,
@@ -1079,7 +1079,7 @@ LIST_INDEXES = "SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%' ORD
 def test_setup_replaces_a_single_row_counter_under_load(
     server, connect, cursor, empty_database, role
 ):
-    cursor.execute(CLASSIC_SCHEMA)
+    cursor.execute(SINGLE_ROW_COUNTER)
     cursor.execute(ADD_USERS, (1, 1000))
     cursor.execute(f"GRANT SELECT ON user_stats TO {role[0]}")
     numbers = itertools.count(1001)
@@ -1106,7 +1106,7 @@ def test_setup_replaces_a_single_row_counter_under_load(
 
 
 def test_setup_replaces_old_triggers_whatever_their_names(server, cursor, empty_database):
-    cursor.execute(CLASSIC_SCHEMA)
+    cursor.execute(SINGLE_ROW_COUNTER)
     cursor.execute("ALTER TRIGGER user_insert_trigger ON user_list RENAME TO old_insert")
     cursor.execute("ALTER TRIGGER user_delete_trigger ON user_list RENAME TO old_delete")
     cursor.execute(ADD_USERS, (1, 5))
@@ -1118,7 +1118,7 @@ def test_setup_replaces_old_triggers_whatever_their_names(server, cursor, empty_
 
 
 def test_setup_drops_no_index_that_is_not_redundant(cursor, empty_database):
-    cursor.execute(CLASSIC_SCHEMA)
+    cursor.execute(SINGLE_ROW_COUNTER)
     cursor.execute(
         "DROP INDEX idx_user_list_username; ALTER TABLE user_list DROP CONSTRAINT"
         " user_list_email_key; CREATE UNIQUE INDEX idx_user_list_username ON user_list (username)"
@@ -1153,12 +1153,12 @@ def test_setup_upgrades_its_first_edition(server, cursor, empty_database, role):
     assert_total(cursor, 9)
 
 
-@pytest.mark.parametrize("existing", ["", CLASSIC_SCHEMA, FIRST_EDITION])
+@pytest.mark.parametrize("existing", ["", SINGLE_ROW_COUNTER, FIRST_EDITION])
 @pytest.mark.parametrize("runs_as_owner", [True, False])
 def test_setup_leaves_the_counter_to_the_owner_of_user_list(
     cursor, empty_database, role, existing, runs_as_owner
 ):
-    """No matter who runs it and what default privileges say."""
+    """Whoever runs it, and whatever the default privileges are."""
     owner, reader = role[0], f"{role[0]}_reader"
     default = f"ALTER DEFAULT PRIVILEGES FOR ROLE {owner}, CURRENT_USER GRANT ALL ON"
     cursor.execute(
@@ -1166,7 +1166,7 @@ def test_setup_leaves_the_counter_to_the_owner_of_user_list(
         f"GRANT CREATE ON SCHEMA public TO {owner}; SET ROLE {owner}; {existing}"
     )
     try:
-        if existing == CLASSIC_SCHEMA:
+        if existing == SINGLE_ROW_COUNTER:
             cursor.execute(f"GRANT SELECT (total_users) ON user_stats TO {reader}")
         if runs_as_owner:
             cursor.execute(SCHEMA)
@@ -1193,7 +1193,7 @@ def test_setup_leaves_the_counter_to_the_owner_of_user_list(
         assert granted_to_others == []
         cursor.execute(f"GRANT INSERT ON user_list TO {reader}; SET ROLE {reader}")
         cursor.execute("INSERT INTO user_list (id, username, email) VALUES (100, 'x', 'x')")
-        if existing == CLASSIC_SCHEMA:
+        if existing == SINGLE_ROW_COUNTER:
             cursor.execute("SELECT total_users FROM user_stats")
         cursor.execute("RESET ROLE")
         assert_exact(cursor)
@@ -1201,15 +1201,15 @@ def test_setup_leaves_the_counter_to_the_owner_of_user_list(
         cursor.execute(f"ROLLBACK; RESET ROLE; DROP OWNED BY {reader}; DROP ROLE {reader}")
 
 
-NOT_OURS = {  # what is in the way, and what the error names
+UNRECOGNIZED = {  # what is in the way, and what the error names
     "a table user_stats": ("CREATE TABLE user_stats (id int, day date)", "table public.user_stats"),
     "a view user_stats": ("CREATE VIEW user_stats AS SELECT 1 AS id", "view public.user_stats"),
     "a single row with more": (
-        CLASSIC_SCHEMA + "ALTER TABLE user_stats ADD plan text",
+        SINGLE_ROW_COUNTER + "ALTER TABLE user_stats ADD plan text",
         "table public.user_stats",
     ),
     "two rows": (
-        CLASSIC_SCHEMA + "INSERT INTO user_stats VALUES (2, 7)",
+        SINGLE_ROW_COUNTER + "INSERT INTO user_stats VALUES (2, 7)",
         "table public.user_stats",
     ),
     "a table user_counts": ("CREATE TABLE user_counts (id int)", "table public.user_counts"),
@@ -1218,16 +1218,16 @@ NOT_OURS = {  # what is in the way, and what the error names
         "function public.update_user_count()",
     ),
     "a function of ours that another table uses": (
-        CLASSIC_SCHEMA + "CREATE TABLE members (); CREATE TRIGGER grow AFTER INSERT ON members"
+        SINGLE_ROW_COUNTER + "CREATE TABLE members (); CREATE TRIGGER grow AFTER INSERT ON members"
         " FOR EACH ROW EXECUTE FUNCTION update_user_count()",
         "trigger grow on table public.members",
     ),
     "a counter by another function": (
-        CLASSIC_SCHEMA.replace("update_user_count", "bump"),
+        SINGLE_ROW_COUNTER.replace("update_user_count", "bump"),
         "table public.user_stats",
     ),
     "a counter by two functions": (
-        CLASSIC_SCHEMA + "CREATE FUNCTION bump() RETURNS trigger LANGUAGE plpgsql AS"
+        SINGLE_ROW_COUNTER + "CREATE FUNCTION bump() RETURNS trigger LANGUAGE plpgsql AS"
         " 'BEGIN UPDATE user_stats SET id = id; RETURN NULL; END'; CREATE TRIGGER bump AFTER INSERT"
         " ON user_list FOR EACH ROW EXECUTE FUNCTION bump()",
         "trigger bump on table public.user_list",
@@ -1252,9 +1252,9 @@ NOT_OURS = {  # what is in the way, and what the error names
 }
 
 
-@pytest.mark.parametrize("case", NOT_OURS)
+@pytest.mark.parametrize("case", UNRECOGNIZED)
 def test_setup_leaves_alone_what_it_does_not_recognize(server, cursor, empty_database, role, case):
-    existing, named = NOT_OURS[case]
+    existing, named = UNRECOGNIZED[case]
     cursor.execute(existing.replace("{role}", role[0]))
     state = "SELECT max(xmin::text::bigint), count(*) FROM pg_class"
     before = cursor.row(state)
@@ -1342,14 +1342,15 @@ COUNTS = """
         FOR EACH ROW EXECUTE FUNCTION fire();
 """
 TRAPS = {
-    "an index of user_stats": CLASSIC_SCHEMA + "CREATE INDEX ON user_stats (id) WHERE harmless(1)",
+    "an index of user_stats": SINGLE_ROW_COUNTER
+    + "CREATE INDEX ON user_stats (id) WHERE harmless(1)",
     "a CHECK of user_list": "CREATE TABLE user_list (id int CHECK (harmless(id)));"
     "INSERT INTO user_list VALUES (1)",
     "an index of user_list": SCHEMA + "CREATE INDEX ON user_list (id) WHERE harmless(1)",
     "an operator": SCHEMA + "CREATE INDEX ON user_list (id) WHERE 1 ### 2",
-    "a foreign key": CLASSIC_SCHEMA + "CREATE TABLE orders (user_id int REFERENCES user_list);"
+    "a foreign key": SINGLE_ROW_COUNTER + "CREATE TABLE orders (user_id int REFERENCES user_list);"
     "CREATE INDEX ON orders (user_id) WHERE harmless(1)",
-    "a child of user_stats": CLASSIC_SCHEMA + "CREATE TABLE child () INHERITS (user_stats);"
+    "a child of user_stats": SINGLE_ROW_COUNTER + "CREATE TABLE child () INHERITS (user_stats);"
     "CREATE INDEX ON child (id) WHERE harmless(1)",
     "a trigger of user_counts": COUNTS.format(kind="", when=""),
     "a deferred trigger": SCHEMA
@@ -1392,7 +1393,7 @@ def test_setup_adopts_nothing_that_is_planted_while_it_waits(connect, database, 
 
 
 def test_triggers_work_beside_overloads_with_defaults(connect, cursor, database):
-    """They would make calls of our functions ambiguous."""
+    """They make calls ambiguous, so our functions must not call one another."""
     for name in ("update_user_count", "recalculate_user_count", "fold_user_counts"):
         cursor.execute(
             f"CREATE FUNCTION {name}(int DEFAULT 0) RETURNS bigint LANGUAGE sql AS 'SELECT 1'"
@@ -1523,7 +1524,7 @@ def test_setup_run_starts_and_stops_everything(signum):
         del settings[name]
     embedded = settings | {"DB_HOST": str(folder / ".postgres")}
     try:
-        for expected in (10, 13):  # the data outlive a restart
+        for expected in (10, 13):  # the data persists across a restart
             process = subprocess.Popen(
                 [sys.executable, "setup_db.py", "run"],
                 cwd=folder,
@@ -1547,7 +1548,7 @@ def test_setup_run_starts_and_stops_everything(signum):
             assert client.get()[0] == 0
             assert psutil.wait_procs(started, timeout=5)[1] == []  # nothing is left behind
     finally:
-        process.terminate()  # where an assertion failed; it ends what it has started
+        process.terminate()  # if an assertion failed; it ends what it has started
         process.wait(15)
         shutil.rmtree(folder)
 
@@ -1604,7 +1605,7 @@ def test_api_head_is_get_without_a_body(service):
 
 
 def test_api_internal_error_reveals_nothing(service, cursor):
-    """The error: a view whose last_updated is not a time."""
+    """Caused by a view whose last_updated is not a time."""
     cursor.execute("DROP VIEW user_stats")
     cursor.execute(
         "CREATE VIEW user_stats AS SELECT 1 AS id, 2 AS total_users, 'x' AS last_updated"
@@ -1627,7 +1628,7 @@ def test_api_serves_as_a_role_that_may_only_read_user_stats(
 
 
 def test_api_coalesces_requests_however_the_path_is_written(service, cursor):
-    """Otherwise each would be a read of its own."""
+    """Otherwise each request would read on its own."""
     with ThreadPoolExecutor(40) as threads:
         paths = ["//api/usercount", "/api/usercount"] * 100
         assert {status for status, _, _ in threads.map(service.get, paths)} == {200}
@@ -1752,7 +1753,7 @@ def test_api_takes_an_absolute_uri(service):
 
 
 def test_api_cuts_off_clients_that_drip_or_never_read(service):
-    """And serves others meanwhile, though more than a thousand are connected."""
+    """Others are served meanwhile, although more than a thousand are connected."""
 
     def drip(client):
         with suppress(OSError):
@@ -1832,7 +1833,7 @@ def exposed_service(cluster, tmp_path_factory):
 
 
 @contextmanager
-def done_and_undone(do, undo):
+def temporarily(do, undo):
     do()
     try:
         yield
@@ -1841,23 +1842,23 @@ def done_and_undone(do, undo):
 
 
 def stopped(cluster):
-    return done_and_undone(cluster.stop, cluster.start)
+    return temporarily(cluster.stop, cluster.start)
 
 
 def killed(cluster):
-    return done_and_undone(cluster.kill, cluster.start)
+    return temporarily(cluster.kill, cluster.start)
 
 
 def frozen(cluster):
     freeze = partial(cluster.signal_all, signal.SIGSTOP)
-    return done_and_undone(freeze, partial(cluster.signal_all, signal.SIGCONT))
+    return temporarily(freeze, partial(cluster.signal_all, signal.SIGCONT))
 
 
 @contextmanager
 def executed(cluster, database, break_sql, restore_sql):
     with open_cursor(cluster.params, database) as cursor:
         execute = partial(partial, cursor.execute)
-        with done_and_undone(execute(break_sql), execute(restore_sql)):
+        with temporarily(execute(break_sql), execute(restore_sql)):
             yield
 
 
@@ -1872,7 +1873,6 @@ TERMINATE = (
 
 
 def renamed(cluster):
-    """Retried if somebody connects between the two statements."""
     rename = "ALTER DATABASE {} RENAME TO {}".format
     return executed(
         cluster,
@@ -2025,7 +2025,7 @@ def test_faults_of_the_primary_cost_no_request_and_end_with_it(cluster, standby,
         asking = [partial(service.get, path) for path in ("/api/usercount", "/health") * 2]
         with in_background(*asking) as responses:
             with fault(cluster):
-                time.sleep(4)  # the fault's, not ours
+                time.sleep(4)  # how long the fault lasts
                 assert service.count() == users
             with (
                 open_cursor(cluster.params, "served") as primary,
@@ -2086,7 +2086,7 @@ def test_faults_do_not_keep_sigterm_from_answering_waiting_requests(cluster, tmp
         with open_cursor(cluster.params, "served") as cursor:
             wait_until(lambda: has_lock_waiters(cursor))
         service.process.terminate()
-        time.sleep(1)  # the lock's, not ours
+        time.sleep(1)  # how long the lock lasts
     try:
         assert [future.result()[0] for future in waiting] == [200] * 8
         assert service.process.wait(10) == 0
