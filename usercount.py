@@ -384,7 +384,7 @@ class RequestCoalescer:
         self.application = application
         self.environs = {path: create_environ(path) for path in paths}
         self.read = read
-        self.turn = threading.Lock()  # held while a batch is being answered
+        self.batch_lock = threading.Lock()  # held while a batch is being answered
         self.next_batch = Batch()
         self.next_batch_lock = threading.Lock()
 
@@ -398,15 +398,15 @@ class RequestCoalescer:
             is_first = not batch.paths
             batch.paths.add(path)
         if is_first:
-            self.answer(batch)
+            self.respond_to(batch)
         batch.is_answered.wait()
         body, status, headers = batch.responses[path]
         start_response(status, headers)
         return [] if method == "HEAD" else body
 
-    def answer(self, batch):
-        has_to_wait = self.turn.locked()
-        with self.turn:
+    def respond_to(self, batch):
+        has_to_wait = self.batch_lock.locked()
+        with self.batch_lock:
             time.sleep(BATCH_DELAY_SECONDS if has_to_wait else 0)
             with self.next_batch_lock:
                 self.next_batch = Batch()
