@@ -1519,7 +1519,7 @@ def test_setup_run_starts_and_stops_everything(signum):
         shutil.copy(HERE / name, folder)
     client = Client(free_port())
     (folder / ".env").write_text(f"PORT={client.port}\nDB_NAME=from_file\n")
-    settings = environment(setup_db.CONFIGURED_SERVER, "")
+    settings = environment(setup_db.CONFIGURED_SERVER, "", PGHOSTADDR="127.0.0.9")  # not obeyed
     for name in ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME"):
         del settings[name]
     embedded = settings | {"DB_HOST": str(folder / ".postgres")}

@@ -143,7 +143,7 @@ class TargetPool(ThreadedConnectionPool):
             minconn=0,  # opens none yet
             maxconn=MAX_POOL_CONNECTIONS,
             host=target.host,  # what TLS verifies and .pgpass lists
-            hostaddr=target.address,
+            hostaddr=target.address or "",  # "": not PGHOSTADDR either
             port=target.port,
             dbname=DB_NAME,
             user=DB_USER,
