@@ -97,7 +97,7 @@ def add_sample_users(server, number):
 def embedded_postgres(data):
     """Return the embedded PostgreSQL with its data in `data`, created if missing but not started.
 
-    Run by root, it switches to a system user pgserver, who needs access to the folders above.
+    Run by root, it switches to a system user pgserver and lets others read the folders above.
     """
     # For its lock, which would otherwise be a file in /tmp, owned by whoever came first.
     runtime = Path(tempfile.gettempdir(), f"usercount-{os.getuid()}")
