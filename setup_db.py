@@ -60,14 +60,13 @@ def set_up(server):
     """Create the database if it is missing, apply schema.sql and return the number of users."""
     try:
         connection = connect(server)
-    except psycopg2.OperationalError as error:
+    except psycopg2.OperationalError:
         with connect(server, "postgres").cursor() as cursor:
             cursor.execute("SELECT FROM pg_database WHERE datname = %s", [usercount.DB_NAME])
-            if cursor.rowcount:
-                raise error
-            with suppress(DuplicateDatabase, UniqueViolation):  # another set-up was faster
-                cursor.execute(f"CREATE DATABASE {quote_ident(usercount.DB_NAME, cursor)}")
-                print(f"Created the database {usercount.DB_NAME}.")
+            if not cursor.rowcount:
+                with suppress(DuplicateDatabase, UniqueViolation):  # another set-up was faster
+                    cursor.execute(f"CREATE DATABASE {quote_ident(usercount.DB_NAME, cursor)}")
+                    print(f"Created the database {usercount.DB_NAME}.")
         connection = connect(server)
     with connection.cursor() as cursor:
         cursor.execute((HERE / "schema.sql").read_text())
