@@ -41,11 +41,7 @@ CONFIGURED_SERVER = {
 def connect(server, database=usercount.DB_NAME):
     """Return an autocommit connection; `server` is a dict of libpq's parameters."""
     connection = psycopg2.connect(
-        **server,
-        hostaddr="",  # not PGHOSTADDR
-        dbname=database,
-        connect_timeout=5,
-        target_session_attrs="read-write",
+        **server, dbname=database, connect_timeout=5, target_session_attrs="read-write"
     )
     connection.autocommit = True
     return connection

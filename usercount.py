@@ -80,6 +80,7 @@ try:
     load_dotenv(dotenv)
 except (OSError, ValueError) as error:  # unreadable, or not text
     sys.exit(f".env cannot be read: {error}")
+os.environ.pop("PGHOSTADDR", None)  # libpq would connect there instead of to DB_HOST
 DB_HOSTS = read_setting("DB_HOST", "localhost", parse_hosts, "a host, or several with commas")
 DB_PORTS = read_setting("DB_PORT", "5432", parse_ports, "a port from 1 to 65535, or one per host")
 DB_NAME = read_setting("DB_NAME", "test001")
@@ -143,7 +144,7 @@ class TargetPool(ThreadedConnectionPool):
             minconn=0,  # opens none yet
             maxconn=MAX_POOL_CONNECTIONS,
             host=target.host,  # what TLS verifies and .pgpass lists
-            hostaddr=target.address or "",  # "": not PGHOSTADDR either
+            hostaddr=target.address,
             port=target.port,
             dbname=DB_NAME,
             user=DB_USER,
