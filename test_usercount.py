@@ -49,6 +49,7 @@ HERE = Path(__file__).parent
 SCHEMA = (HERE / "schema.sql").read_text()
 TIMESTAMP_PATTERN = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 ADD_USERS = "INSERT INTO user_list (username, email) SELECT n, n FROM generate_series(%s, %s) AS n"
+STATS = "SELECT *, (SELECT count(*) FROM user_list) FROM user_stats"  # of one snapshot
 RESPONSE_TIMEOUT_SECONDS = 5  # promised, whatever the database does
 
 # --- Servers, databases, services ---
@@ -298,17 +299,15 @@ class Client:
     def __init__(self, port):
         self.port = port
 
-    def connect(self, stack):
-        """Return a connection that ends with `stack`."""
+    def connect(self):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, RESPONSE_TIMEOUT_SECONDS)
         connection.connect()
         connection.auto_open = False  # or it would reconnect unnoticed
-        return stack.enter_context(closing(connection))
+        return connection
 
     def request(self, method, path, body=None):
         """Return status, headers and body; raise TimeoutError if the response takes too long."""
-        with ExitStack() as stack:
-            connection = self.connect(stack)
+        with closing(self.connect()) as connection:
             connection.request(method, path, body)
             response = connection.getresponse()
             return response.status, response.headers, response.read().decode()
@@ -330,12 +329,11 @@ class Client:
         return json.loads(body)["totalUsers"]
 
 
-def get_again(connection):
-    """Return the status of a request on a connection that stays open."""
-    connection.request("GET", "/api/usercount")
+def get_again(connection, path):
+    """Return the status of a response, and whether it has a body; the connection stays open."""
+    connection.request("GET", path)
     with connection.getresponse() as response:
-        response.read()
-        return response.status
+        return response.status, bool(response.read())
 
 
 class Service(Client):
@@ -387,12 +385,11 @@ def has_lock_waiters(cursor):
 
 def assert_exact(cursor, expected=None):
     """The count is the number of rows, and a recalculation finds nothing to repair."""
-    stats = cursor.row("SELECT * FROM user_stats")
-    listed = cursor.value("SELECT count(*) FROM user_list")
-    assert stats[:2] == (1, listed)
+    stats = row_id, total_users, _, listed = cursor.row(STATS)
+    assert (row_id, total_users) == (1, listed)
     assert expected in (None, listed)
     assert cursor.value("SELECT recalculate_user_count()") == listed
-    assert cursor.row("SELECT * FROM user_stats") == stats
+    assert cursor.row(STATS) == stats
 
 
 def assert_total(cursor, expected):
@@ -471,12 +468,10 @@ def test_triggers_are_exact_for_a_snapshot_older_than_a_truncate(connect, databa
     writer.execute(ADD_USERS, (1, 3))
     reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     reader.execute("SELECT 1")  # takes the snapshot, and no lock
-    before = writer.row("SELECT last_updated FROM user_stats")
+    before = writer.value("SELECT last_updated FROM user_stats")
     writer.execute("TRUNCATE user_list")
-    after = (
-        "SELECT total_users, (SELECT count(*) FROM user_list), last_updated > %s FROM user_stats"
-    )
-    assert reader.row(after, before) == (0, 0, True)
+    _, total_users, last_updated, listed = reader.row(STATS)
+    assert (total_users, listed, last_updated > before) == (0, 0, True)
     reader.execute("COMMIT")
     assert_exact(reader, 0)
 
@@ -616,10 +611,11 @@ def test_triggers_survive_a_crash_of_the_server():
 
 
 def test_triggers_last_updated_and_updated_at_follow_changes(cursor, database):
+    times = [cursor.value("SELECT last_updated FROM user_stats")]
     delete = "DELETE FROM user_list WHERE username = '1'"
-    times = []
-    for change in ("", ADD_USERS % (1, 3) + ";", delete + ";", "TRUNCATE user_list;"):
-        times.append(cursor.value(change + "SELECT last_updated FROM user_stats"))
+    for change in (ADD_USERS % (1, 3), delete, "TRUNCATE user_list"):
+        cursor.execute(change)
+        times.append(cursor.value("SELECT last_updated FROM user_stats"))
     assert times == sorted(set(times))
     cursor.execute(ADD_USERS, (1, 2))
     cursor.execute("UPDATE user_list SET email = 'new' WHERE username = '1'")
@@ -916,19 +912,17 @@ class Interleaving(RuleBasedStateMachine):
             if session.is_watched:
                 self.look(session)
         if not self.is_truncated():
-            stats = "SELECT *, (SELECT count(*) FROM user_list) FROM user_stats"
-            row_id, total_users, last_updated, listed = self.cursor.row(stats)
+            row_id, total_users, last_updated, listed = self.cursor.row(STATS)
             assert (row_id, total_users, listed) == (1, self.users, self.users)
             assert last_updated >= self.last_updated
             self.last_updated = last_updated
 
     def look(self, session):
         session.has_read = True
-        look = "SELECT id, total_users, (SELECT count(*) FROM user_list) FROM user_stats"
         if self.is_truncated(but_for=session):
             return
-        if self.attempt(session, self.conflicts(session), look):
-            [(row_id, total_users, listed)] = session.cursor
+        if self.attempt(session, self.conflicts(session), STATS):
+            [(row_id, total_users, _, listed)] = session.cursor
             assert (row_id, total_users) == (1, listed)
 
     def begin(self, session, isolation, is_watched):
@@ -1072,8 +1066,6 @@ SINGLE_ROW_COUNTER = """
     CREATE TRIGGER user_delete_trigger AFTER DELETE ON user_list
         FOR EACH ROW EXECUTE FUNCTION update_user_count();
 """
-
-
 LIST_INDEXES = "SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%' ORDER BY 1"
 
 
@@ -1489,19 +1481,18 @@ def test_setup_reports_errors_in_one_line(server, empty_database, cursor, role):
 
 
 @pytest.mark.parametrize(
-    "setting",
+    "name, text",
     [
-        "PORT=abc",
-        "PORT=99999",
-        "PORT=1_0",
-        "DB_PORT=x",
-        "DB_PORT=1,2",
-        "DB_HOST=a,,b",
-        "APP_ENV=test",
+        ("PORT", "abc"),
+        ("PORT", "99999"),
+        ("PORT", "1_0"),
+        ("DB_PORT", "x"),
+        ("DB_PORT", "1,2"),
+        ("DB_HOST", "a,,b"),
+        ("APP_ENV", "test"),
     ],
 )
-def test_setup_rejects_invalid_settings(server, setting):
-    name, text = setting.split("=")
+def test_setup_rejects_invalid_settings(server, name, text):
     done = subprocess.run(
         [sys.executable, "-m", "gunicorn", "usercount:app"],
         cwd=HERE,
@@ -1650,12 +1641,13 @@ def test_api_is_never_stale_under_load(server, database, cursor, tmp_path):
     slow_down(cursor, 0.005)  # so that a read is almost always under way when a request arrives
     settings = environment(server, database, WEB_CONCURRENCY="2")
     with running_service(settings, tmp_path) as service, ExitStack() as connections:
-        clients = [service.connect(connections) for _ in range(16)]
-        with in_background(*(partial(get_again, client) for client in clients)) as statuses:
+        clients = [connections.enter_context(closing(service.connect())) for _ in range(16)]
+        asking = [partial(get_again, client, "/api/usercount") for client in clients]
+        with in_background(*asking) as responses:
             for number in range(1, 301):
                 cursor.execute(ADD_USERS, (number, number))
                 assert service.count() == number
-    assert all(set(each) == {200} for each in statuses)
+    assert all(set(each) == {(200, True)} for each in responses)
 
 
 def test_api_coalesces_requests_and_never_uses_an_older_read(service, cursor):
@@ -1776,9 +1768,9 @@ def test_api_cuts_off_clients_that_drip_or_never_read(service):
         began = time.monotonic()
         hostile = [threads.submit(drip, client) for client in clients[:2]]
         hostile += [threads.submit(flood, client) for client in clients[2:4]]
-        patient = service.connect(stack)
+        patient = stack.enter_context(closing(service.connect()))
         while not all(future.done() for future in hostile) or time.monotonic() - began < 13:
-            assert get_again(patient) == 200
+            assert get_again(patient, "/health") == (200, True)
             assert time.monotonic() - began < 15
             time.sleep(0.1)
 
@@ -1795,10 +1787,11 @@ def test_api_sighup_serves_the_new_code(server, database, tmp_path):
 
 def test_api_ctrl_c_leaves_no_traceback(server, database, tmp_path):
     """In a terminal it reaches the workers, too, not only gunicorn's master."""
-    service = Service(environment(server, database, WEB_CONCURRENCY="4"), tmp_path)
-    time.sleep(1)  # until the workers are idle
-    os.killpg(service.process.pid, signal.SIGINT)
-    assert service.process.wait(10) == 0
+    settings = environment(server, database, WEB_CONCURRENCY="4")
+    with running_service(settings, tmp_path) as service:
+        time.sleep(1)  # until the workers are idle
+        os.killpg(service.process.pid, signal.SIGINT)
+        service.process.wait(10)
     assert "Traceback" not in service.log.read_text()
 
 
@@ -1866,10 +1859,11 @@ def frozen(cluster):
 
 @contextmanager
 def executed(cluster, database, break_sql, restore_sql):
-    with open_cursor(cluster.params, database) as cursor:
-        execute = partial(partial, cursor.execute)
-        with temporarily(execute(break_sql), execute(restore_sql)):
-            yield
+    with (
+        open_cursor(cluster.params, database) as cursor,
+        temporarily(partial(cursor.execute, break_sql), partial(cursor.execute, restore_sql)),
+    ):
+        yield
 
 
 def locked(cluster):
@@ -2010,7 +2004,8 @@ def test_faults_cancel_abandoned_queries_on_the_server(cluster, exposed_service)
 
 def test_faults_never_open_more_connections_than_the_pool_keeps(cluster, exposed_service):
     connected = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'"
-    with in_background(exposed_service.get_at_once), open_cursor(cluster.params) as cursor:
+    asking = [partial(exposed_service.get_at_once, 10)] * 10
+    with in_background(*asking), open_cursor(cluster.params) as cursor:
         for _ in range(50):
             assert cursor.value(connected) <= usercount.MAX_IDLE_CONNECTIONS
 
