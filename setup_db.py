@@ -92,7 +92,7 @@ def add_sample_users(server, number):
 
 
 def embedded_postgres(data):
-    """Return the embedded PostgreSQL with its data in `data`, created if missing but not started.
+    """Return the embedded PostgreSQL with its data in `data`, neither initialized nor started.
 
     Run by root, it switches to a system user pgserver and lets others read the folders above.
     """
@@ -120,6 +120,11 @@ def embedded_server(data):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"{data} is in use by another embedded PostgreSQL.")
+        if not data.exists():
+            new_data = data.with_name(data.name + ".new")
+            shutil.rmtree(new_data, ignore_errors=True)  # left by a start that was interrupted
+            embedded_postgres(new_data).ensure_pgdata_inited()
+            new_data.rename(data)
         postgres = embedded_postgres(data)
         postgres.start()
         try:

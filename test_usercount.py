@@ -1515,15 +1515,21 @@ def test_setup_run_starts_and_stops_everything(signum):
     for name in ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME"):
         del settings[name]
     embedded = settings | {"DB_HOST": str(folder / ".postgres")}
+    start = partial(
+        subprocess.Popen,
+        [sys.executable, "setup_db.py", "run"],
+        cwd=folder,
+        env=settings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    process = start()
     try:
+        wait_until(lambda: list(folder.glob(".postgres*/PG_VERSION")))  # initdb has begun
+        process.send_signal(signum)
+        assert process.wait(15) != 0
         for expected in (10, 13):  # the data persists across a restart
-            process = subprocess.Popen(
-                [sys.executable, "setup_db.py", "run"],
-                cwd=folder,
-                env=settings,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            process = start()
             wait_until(lambda: client.get()[0] == 200, 30)
             assert client.count() == expected
             if expected == 10:
