@@ -5,6 +5,7 @@ reads the count once for all requests that are waiting and has Flask build the r
 is never older than its request, and takes at most two reads of READ_TIMEOUT_SECONDS each.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -31,76 +31,48 @@ from werkzeug.test import create_environ, run_wsgi_app
 # --- Settings, from the environment or .env; the environment takes precedence ---
 
 
-def read_setting(name, default, parse=str, expected="text"):
-    """Return the parsed value of a setting; exit with a one-line error if it is invalid."""
+def read_setting(name, default, is_valid, expected):
+    """Return the text of a setting; exit with a one-line error if it is invalid."""
     text = os.environ.get(name) or default
-    try:
-        return parse(text)
-    except ValueError:
+    if not is_valid(text):
         sys.exit(f"{name} must be {expected}, not {text!r}")
-
-
-def parse_hosts(text):
-    hosts = [host.strip().removeprefix("[").removesuffix("]") for host in text.split(",")]
-    if not all(hosts):
-        raise ValueError
-    return hosts
-
-
-def parse_number(text):
-    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise ValueError
-    return int(text)
-
-
-def parse_port(text):
-    if parse_number(text) > 65535:
-        raise ValueError
-    return int(text)
-
-
-def parse_ports(text):
-    """Return a port for each host."""
-    ports = [parse_port(port) for port in text.split(",")]
-    if len(ports) not in (1, len(DB_HOSTS)):
-        raise ValueError
-    return ports if len(ports) > 1 else ports * len(DB_HOSTS)
-
-
-def parse_app_env(text):
-    if text not in ("development", "production"):
-        raise ValueError
     return text
 
 
-dotenv = Path(__file__).with_name(".env")
+def is_port(text):
+    return text.isascii() and text.isdecimal() and len(text) < 6 and 1 <= int(text) <= 65535
+
+
+def are_ports(text):
+    return all(map(is_port, text.split(","))) and text.count(",") in (0, len(DB_HOSTS) - 1)
+
+
 try:
-    if dotenv.exists() and not dotenv.is_file():
-        raise OSError("not a regular file")
-    load_dotenv(dotenv)
+    load_dotenv(Path(__file__).with_name(".env"))
 except (OSError, ValueError) as error:  # unreadable, or not text
     sys.exit(f".env cannot be read: {error}")
 os.environ.pop("PGHOSTADDR", None)  # libpq would connect there instead of to DB_HOST
-DB_HOSTS = read_setting("DB_HOST", "localhost", parse_hosts, "a host, or several with commas")
-DB_PORTS = read_setting("DB_PORT", "5432", parse_ports, "a port from 1 to 65535, or one per host")
-DB_NAME = read_setting("DB_NAME", "test001")
-DB_USER = read_setting("DB_USER", "postgres")
+DB_HOSTS = read_setting(
+    "DB_HOST", "localhost", lambda text: all(text.split(",")), "a host, or several: a,b"
+).split(",")
+DB_PORTS = read_setting("DB_PORT", "5432", are_ports, "a port, or one for each host").split(",")
+DB_NAME = os.environ.get("DB_NAME") or "test001"
+DB_USER = os.environ.get("DB_USER") or "postgres"
 DB_PASSWORD = os.environ.get("DB_PASSWORD") or None  # None: libpq tries PGPASSWORD, ~/.pgpass
-PORT = read_setting("PORT", "6776", parse_port, "a port from 1 to 65535")
-APP_ENV = read_setting("APP_ENV", "development", parse_app_env, "development or production")
-WEB_CONCURRENCY = read_setting(
-    "WEB_CONCURRENCY", "1", parse_number, "a number of worker processes, at least 1"
-)
+PORT = read_setting("PORT", "6776", is_port, "a port from 1 to 65535")
+APP_ENVS = "development", "production"
+APP_ENV = read_setting("APP_ENV", APP_ENVS[0], APP_ENVS.__contains__, " or ".join(APP_ENVS))
+TARGET_SESSION_ATTRS = os.environ.get("PGTARGETSESSIONATTRS") or "primary"
+PREFERS_STANDBY = TARGET_SESSION_ATTRS == "prefer-standby"  # in the first attempt of a read
 
 READ_TIMEOUT_SECONDS = 2  # for a whole read, retries and failover included
 LOOKUP_TIMEOUT_SECONDS = 0.5  # of these, for DNS
 TCP_USER_TIMEOUT_MILLISECONDS = 500  # unacknowledged for this long, a connection counts as lost
-MAX_ATTEMPTS = 3  # to connect to each target, per read
+MAX_ATTEMPTS = 3  # for each target, per read
 RETRY_DELAY_SECONDS = 0.1
 MAX_CONNECTION_AGE_SECONDS = 30  # firewalls silently drop idle connections
 MAX_POOL_CONNECTIONS = 20
 MAX_IDLE_CONNECTIONS = 1  # there is only one read at a time
-RECOVERY_SECONDS = 5  # without a failure before an outage counts as over
 SLOW_QUERY_MILLISECONDS = 100
 BATCH_DELAY_SECONDS = 0.0005  # lets more requests join a batch that had to wait
 
@@ -108,7 +80,6 @@ logging.basicConfig(
     format="[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S %z"
 )
 app = Flask(__name__, static_folder=None)
-app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # 405 for OPTIONS, too
 app.url_map.merge_slashes = False  # 404 for /api//usercount, not a redirect
 app.logger.setLevel(logging.INFO if APP_ENV == "production" else logging.DEBUG)
 
@@ -117,8 +88,16 @@ app.logger.setLevel(logging.INFO if APP_ENV == "production" else logging.DEBUG)
 # Cancels the query on the server once its client has given up.
 COUNT_SQL = f"""
     SET LOCAL statement_timeout = '{READ_TIMEOUT_SECONDS}s';
-    SELECT total_users, last_updated FROM public.user_stats
+    SELECT total_users, last_updated, pg_is_in_recovery() FROM public.user_stats
 """
+
+
+class WrongServer(psycopg2.OperationalError):
+    """The server is a standby, whose count may be old, or not the standby that is asked for."""
+
+
+# By pg_is_in_recovery(). libpq asks once, but a connection through PgBouncer outlives a failover.
+EXCLUDED = {"primary": True, "read-write": True, "standby": False}
 
 # Worth a retry on a new connection; any other error would recur.
 CONNECTION_ERRORS = psycopg2.OperationalError, psycopg2.InterfaceError
@@ -128,18 +107,18 @@ class Target(NamedTuple):
     """One address of one of the hosts in DB_HOST."""
 
     host: str
-    address: str | None  # None: host is the directory of a Unix socket
-    port: int
+    address: str | None  # None: host is the directory of a Unix socket; "": not known
+    port: str
 
     def __str__(self):
-        address = f" ({self.address})" if self.address not in (None, self.host) else ""
-        return f"{self.host}{address} port {self.port}"
+        name = " ".join(dict.fromkeys([self.host, self.address or self.host]))
+        return f"{name} port {self.port}"
 
 
 class TargetPool(ThreadedConnectionPool):
-    """Connections to one target; replaced by a new pool after MAX_CONNECTION_AGE_SECONDS."""
+    """Connections to one target, replaced by a new pool after MAX_CONNECTION_AGE_SECONDS."""
 
-    def __init__(self, target):
+    def __init__(self, target, attrs):
         super().__init__(
             minconn=0,  # opens none yet
             maxconn=MAX_POOL_CONNECTIONS,
@@ -151,50 +130,46 @@ class TargetPool(ThreadedConnectionPool):
             password=DB_PASSWORD,
             fallback_application_name="usercount",
             tcp_user_timeout=TCP_USER_TIMEOUT_MILLISECONDS,
+            target_session_attrs="any" if attrs in ("primary", "standby") else attrs,
             async_=True,  # connects outside the pool's lock, within our deadline; autocommits
         )
         self.minconn = MAX_IDLE_CONNECTIONS  # beyond that, the pool closes what is returned
         self.target = target
+        self.attrs = attrs
         self.has_logged_slow_query = False
         self.expires_at = time.monotonic() + MAX_CONNECTION_AGE_SECONDS
 
     def read_count(self, deadline):
-        """Return the row of user_stats; raise psycopg2.Error, or TimeoutError at the deadline."""
+        """Return total_users, last_updated; raise psycopg2.Error, at the deadline TimeoutError."""
         connection = self.getconn()
         try:
             wait(connection, deadline)  # until connected
             began = time.monotonic()
-            with connection.cursor() as cursor:
-                cursor.execute(COUNT_SQL)
-                wait(connection, deadline)
-                row = cursor.fetchone()
+            cursor = connection.cursor()
+            cursor.execute(COUNT_SQL)
+            wait(connection, deadline)
             milliseconds = (time.monotonic() - began) * 1000
             app.logger.debug("Read the count in %.1f ms", milliseconds)
             if milliseconds > SLOW_QUERY_MILLISECONDS and not self.has_logged_slow_query:
                 self.has_logged_slow_query = True
                 app.logger.warning("Slow query: %.0f ms", milliseconds)
-            return row
+            *count, is_standby = cursor.fetchone()
+            if is_standby is EXCLUDED.get(self.attrs):
+                kind = "a standby" if is_standby else "not a standby"
+                raise WrongServer(f"{kind}: set PGTARGETSESSIONATTRS=any to read from it, too")
+            return count
         finally:
-            is_usable = connection.info.transaction_status == TRANSACTION_STATUS_IDLE
-            self.putconn(connection, close=not is_usable)
+            is_idle = connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+            self.putconn(connection, close=not is_idle)
 
 
 def wait(connection, deadline):
     """Wait until an asynchronous connection is ready; raise TimeoutError at the deadline."""
     while (state := connection.poll()) != POLL_OK:
         poller = select.poll()
-        event = select.POLLIN if state == POLL_READ else select.POLLOUT
-        poller.register(connection.fileno(), event)
+        poller.register(connection, select.POLLIN if state == POLL_READ else select.POLLOUT)
         if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
             raise TimeoutError("no answer in time")
-
-
-@dataclass
-class Outage:
-    """When a target last failed, and the reasons that have been logged."""
-
-    last_failed: float = 0
-    reasons: set = field(default_factory=set)
 
 
 class Database:
@@ -202,70 +177,69 @@ class Database:
 
     def __init__(self):
         self.targets = []
-        self.pool = None  # of the target that answered last
         self.addresses = {}  # of each host name, as last looked up
         self.lookups = {}  # the thread that looks up a host name
-        self.outages = {}  # by target
+        self.pool = None  # of the target that answered last
         self.serving = None  # the target that was logged last
+        self.logged_reasons = {}  # of each target that has not answered since
 
     def read_count(self):
         """Return the number of users and when it last changed (an aware datetime), as of now.
 
-        Raises ServiceUnavailable if no target answers within READ_TIMEOUT_SECONDS.
+        Raises ServiceUnavailable if no target answers within READ_TIMEOUT_SECONDS. A target that
+        could not be connected to or is a standby is retried, one that timed out or rejected the
+        query is not.
         """
-        deadline = time.monotonic() + READ_TIMEOUT_SECONDS
-        failures = {}
-        for pool, untried in self.candidates(failures):
-            now = time.monotonic()
-            if now >= deadline:
-                break
-            try:
-                count = pool.read_count(now + (deadline - now) / untried)
-            except (psycopg2.Error, TimeoutError) as error:
-                failures[pool.target] = error
-                pool.closeall()
-                self.pool = None
-            else:
-                failures.pop(pool.target, None)  # a lost connection, not an outage
-                self.pool = pool
-                self.log_failures(failures)
-                self.log_success(pool.target)
-                return count
-        self.log_failures(failures)
-        raise ServiceUnavailable("The count is temporarily unavailable.", retry_after=1)
-
-    def candidates(self, failures):
-        """Yield the pools to try, each with the number of targets that share the time left.
-
-        First the current pool, unless it has expired, then a new one for each target in order, so
-        reads return to the first target on their own. A target that could not be connected to or
-        whose connection was lost is retried; one that timed out or rejected the query is not.
-        """
-        if self.pool and time.monotonic() < self.pool.expires_at:
-            yield self.pool, len(self.targets)
-        elif self.pool:
-            self.pool.closeall()  # first, as the server may have no other connection left
-            self.pool = None
-        self.targets = self.find_targets()
-        for host in {*DB_HOSTS} - {target.host for target in self.targets}:
-            failures[host] = TimeoutError("no address known")
+        began = time.monotonic()
+        errors = {}  # the last one of each target
         for attempt in range(MAX_ATTEMPTS):
-            time.sleep(RETRY_DELAY_SECONDS if attempt else 0)
             targets = [
                 target
-                for target in self.targets
-                if target not in failures or isinstance(failures[target], CONNECTION_ERRORS)
+                for target in self.find_targets(began + LOOKUP_TIMEOUT_SECONDS)
+                if target not in errors or isinstance(errors[target], CONNECTION_ERRORS)
             ]
+            time.sleep(RETRY_DELAY_SECONDS if attempt and targets else 0)
             for index, target in enumerate(targets):
-                yield TargetPool(target), len(targets) - index
+                now = time.monotonic()
+                untried = len(targets) - index + (attempt == 0 and PREFERS_STANDBY)
+                share = max(0, began + READ_TIMEOUT_SECONDS - now) / untried
+                try:
+                    count = self.read_from(target, now + share, attempt)
+                except (psycopg2.Error, TimeoutError) as error:
+                    errors[target] = error
+                    self.close_pool()
+                else:
+                    self.log(errors, target)
+                    return count
+        self.log(errors, None)
+        raise ServiceUnavailable("The count is temporarily unavailable.", retry_after=1)
 
-    def find_targets(self):
-        """Return the targets in the order of DB_HOST; a host that never resolved has none.
+    def read_from(self, target, deadline, attempt):
+        if self.pool:
+            with suppress(*CONNECTION_ERRORS):  # the open connection may have been lost
+                return self.pool.read_count(deadline)
+        if target.address == "":
+            raise TimeoutError("its address is not known")
+        self.close_pool()
+        attrs = TARGET_SESSION_ATTRS.replace("prefer-standby", "any" if attempt else "standby")
+        self.pool = TargetPool(target, attrs)
+        return self.pool.read_count(deadline)
 
-        Lookups run in threads, as DNS may take longer than a read may. A name that no longer
-        resolves keeps its last known addresses.
+    def close_pool(self):
+        if self.pool:
+            self.pool.closeall()
+            self.pool = None
+
+    def find_targets(self, deadline):
+        """Return the targets, in the order of DB_HOST but for the one whose connection is open.
+
+        That one comes first until its connection has to be replaced; so reads return to the first
+        target on their own. Names are looked up in threads, as psycopg2's asynchronous connect does
+        it with the interpreter locked; one that no longer resolves keeps its last addresses.
         """
-        deadline = time.monotonic() + LOOKUP_TIMEOUT_SECONDS
+        if self.pool and time.monotonic() < self.pool.expires_at:
+            return sorted(self.targets, key=lambda target: target != self.pool.target)
+        self.close_pool()  # first, as the server may have no other connection left
         for host in DB_HOSTS:
             if host.startswith(("/", "@")):
                 self.addresses[host] = [None]
@@ -274,55 +248,43 @@ class Database:
                 self.lookups[host].start()
         for lookup in self.lookups.values():
             lookup.join(max(0, deadline - time.monotonic()))
-        return [
+        self.targets = [
             Target(host, address, port)
-            for host, port in zip(DB_HOSTS, DB_PORTS, strict=True)
-            for address in self.addresses.get(host, [])
+            for host, port in zip(DB_HOSTS, itertools.cycle(DB_PORTS))
+            for address in self.addresses.get(host, [""])
         ]
+        return self.targets
 
     def look_up(self, host):
-        with suppress(OSError, UnicodeError):  # UnicodeError: not a host name at all
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        with suppress(OSError, UnicodeError):  # UnicodeError: no host name
+            found = socket.getaddrinfo(host.encode("idna").decode(), None, type=socket.SOCK_STREAM)
             self.addresses[host] = list(dict.fromkeys(address[0] for *_, address in found))
 
-    def log_failures(self, failures):
-        """Log errors by target: one line per reason, not per request.
-
-        In place of a target, the key is a host name if it has no known address.
-        """
-        for target, error in failures.items():
-            outage = self.outages.setdefault(target, Outage())
-            outage.last_failed = time.monotonic()
-            reason = isinstance(error, psycopg2.Error) and error.diag.message_primary
-            reason = reason or " ".join(str(error).split())
+    def log(self, errors, serving):
+        """Log what serves when that changes, and errors: a line per reason, not per request."""
+        for target, error in errors.items():
+            reason = str(error).partition("\n")[0]
+            is_excluded = isinstance(error, WrongServer) or "session is" in reason  # by libpq
+            if serving and (target == serving or is_excluded):
+                continue
             if isinstance(error, psycopg2.errors.UndefinedTable):
                 reason += " (run python setup_db.py)"
-            if reason not in outage.reasons:
-                outage.reasons.add(reason)
+            if reason not in self.logged_reasons.setdefault(target, set()):
+                self.logged_reasons[target].add(reason)
                 app.logger.error("Database unavailable: %s: %s", target, reason)
-
-    def log_success(self, target):
-        if target != self.serving:
-            self.serving = target
-            app.logger.info("Reading from %s", target)
-        for failed in {target, target.host} & self.outages.keys():
-            outage = self.outages[failed]
-            if time.monotonic() - outage.last_failed > RECOVERY_SECONDS:
-                app.logger.info("Database available again: %s", failed)
-                del self.outages[failed]
+        self.logged_reasons.pop(serving, None)
+        if serving and serving != self.serving:
+            app.logger.info("Reading from %s", serving)
+        self.serving = serving
 
 
 # --- HTTP ---
 
 
-def json_response(payload, status=200):
+def json_response(payload, status=200, headers=()):
     """Return `payload` as a response: one line of JSON that must not be cached."""
-    return Response(
-        json.dumps(payload) + "\n",
-        status,
-        mimetype="application/json",
-        headers={"Cache-Control": "no-store"},
-    )
+    headers = [*headers, ("Cache-Control", "no-store")]
+    return Response(json.dumps(payload) + "\n", status, headers, mimetype="application/json")
 
 
 def iso_utc(moment):
@@ -332,36 +294,26 @@ def iso_utc(moment):
 
 @app.get("/api/usercount")
 def usercount():
-    total_users, last_updated = request.environ["usercount.read"].result()
+    total_users, last_updated = request.environ["usercount.count"].result()
     return json_response({"totalUsers": total_users, "lastUpdated": iso_utc(last_updated)})
 
 
 @app.get("/health")
 def health():
     try:
-        request.environ["usercount.read"].result()
-        status, connected = "healthy", True
+        request.environ["usercount.count"].result()
+        status, database = 200, {"status": "healthy", "connected": True}
     except ServiceUnavailable:
-        status, connected = "unhealthy", False
-    return json_response(
-        {
-            "status": status,
-            "timestamp": iso_utc(datetime.now(timezone.utc)),
-            "database": {"status": status, "connected": connected},
-        },
-        200 if connected else 503,
-    )
+        status, database = 503, {"status": "unhealthy", "connected": False}
+    timestamp = iso_utc(datetime.now(timezone.utc))
+    payload = {"status": database["status"], "timestamp": timestamp, "database": database}
+    return json_response(payload, status)
 
 
 @app.errorhandler(HTTPException)
 def handle_http_error(error):
-    response = json_response(
-        {"statusCode": error.code, "error": error.name, "message": error.description}, error.code
-    )
-    response.headers.extend(  # Allow, Retry-After
-        (name, value) for name, value in error.get_headers() if name != "Content-Type"
-    )
-    return response
+    payload = {"statusCode": error.code, "error": error.name, "message": error.description}
+    return json_response(payload, error.code, error.get_headers())  # Allow, Retry-After
 
 
 class Batch:
@@ -370,21 +322,21 @@ class Batch:
     def __init__(self):
         self.paths = set()
         self.responses = {}
-        self.is_answered = threading.Event()
+        self.answered = threading.Event()
 
 
 class RequestCoalescer:
-    """WSGI middleware that lets concurrent requests share one read and its responses.
+    """WSGI middleware that lets concurrent requests for `paths` share one read and its responses.
 
     Only a read that began after a request arrived may answer it. So while one batch is being
     answered, new requests gather in the next. Failed reads are shared as well. The application gets
-    the read as a Future in environ["usercount.read"], and nothing of the clients' requests.
+    the count as a Future in environ["usercount.count"], and nothing of the clients' requests.
     """
 
-    def __init__(self, application, paths, read):
+    def __init__(self, application, paths, read_count):
         self.application = application
         self.environs = {path: create_environ(path) for path in paths}
-        self.read = read
+        self.read_count = read_count
         self.batch_lock = threading.Lock()  # held while a batch is being answered
         self.next_batch = Batch()
         self.next_batch_lock = threading.Lock()
@@ -400,9 +352,9 @@ class RequestCoalescer:
             batch.paths.add(path)
         if is_first:
             self.respond_to(batch)
-        batch.is_answered.wait()
+        batch.answered.wait()
         body, status, headers = batch.responses[path]
-        start_response(status, headers)
+        start_response(status, list(headers))  # werkzeug's are not a list, as WSGI requires
         return [] if method == "HEAD" else body
 
     def respond_to(self, batch):
@@ -412,19 +364,17 @@ class RequestCoalescer:
             with self.next_batch_lock:
                 self.next_batch = Batch()
             try:
-                read = Future()
+                count = Future()
                 try:
-                    read.set_result(self.read())
+                    count.set_result(self.read_count())
                 except Exception as error:
-                    read.set_exception(error)
+                    count.set_exception(error)
                 for path in batch.paths:
-                    environ = {**self.environs[path], "usercount.read": read}
+                    environ = {**self.environs[path], "usercount.count": count}
                     response = run_wsgi_app(self.application, environ, buffered=True)
                     batch.responses[path] = response
             finally:
-                batch.is_answered.set()
+                batch.answered.set()
 
 
-app.wsgi_app = RequestCoalescer(
-    app.wsgi_app, [rule.rule for rule in app.url_map.iter_rules()], Database().read_count
-)
+app.wsgi_app = RequestCoalescer(app.wsgi_app, ["/api/usercount", "/health"], Database().read_count)
