@@ -13,7 +13,7 @@ prepared transaction adds, with a copy for each savepoint. After each step it as
 - no sign-up has waited or failed, but for a TRUNCATE of the table or for a transaction that its own
   session has prepared; and no session has more rows than it needs. In the end, all are folded.
 
-As sessions take turns, a session that waits for a lock waits in vain: lock_timeout makes it an error, and
+As sessions take turns, one that waits for a lock waits in vain: lock_timeout makes it an error, and
 the model knows when to expect it. hypothesis shortens the steps to a failure, and prints them. A
 seed always takes the same steps. HYPOTHESIS_PROFILE=thorough takes many seeds, at random.
 """
