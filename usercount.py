@@ -1,8 +1,8 @@
 """Serves the number of users over HTTP, from a count that PostgreSQL keeps by triggers.
 
-Two routes: GET /api/usercount and GET /health. Requests for them go through RequestCoalescer, which
-reads the count once for all requests that are waiting and has Flask build the responses. A response
-is never older than its request, and takes at most two reads of READ_TIMEOUT_SECONDS each.
+Two routes: GET /api/usercount and GET /health. RequestCoalescer reads the count once for all the
+requests that are waiting for it, and has Flask build the responses. None is older than its request,
+and each takes at most two reads of READ_TIMEOUT_SECONDS.
 """
 
 import itertools
@@ -186,9 +186,8 @@ class Database:
     def read_count(self):
         """Return the number of users and when it last changed (an aware datetime), as of now.
 
-        Raises ServiceUnavailable if no target answers within READ_TIMEOUT_SECONDS. A target that
-        could not be connected to or is a standby is retried, one that timed out or rejected the
-        query is not.
+        Raises ServiceUnavailable if no target answers within READ_TIMEOUT_SECONDS. Each is retried,
+        unless it timed out or rejected the query.
         """
         began = time.monotonic()
         errors = {}  # the last one of each target
@@ -322,7 +321,8 @@ class Batch:
     def __init__(self):
         self.paths = set()
         self.responses = {}
-        self.answered = threading.Event()
+        self.turnstile = threading.Lock()  # cheaper than an Event, which wakes all threads at once
+        self.turnstile.acquire()
 
 
 class RequestCoalescer:
@@ -352,9 +352,9 @@ class RequestCoalescer:
             batch.paths.add(path)
         if is_first:
             self.respond_to(batch)
-        batch.answered.wait()
-        body, status, headers = batch.responses[path]
-        start_response(status, list(headers))  # werkzeug's are not a list, as WSGI requires
+        with batch.turnstile:
+            body, status, headers = batch.responses[path]
+            start_response(status, list(headers))  # as WSGI requires, unlike werkzeug's
         return [] if method == "HEAD" else body
 
     def respond_to(self, batch):
@@ -374,7 +374,7 @@ class RequestCoalescer:
                     response = run_wsgi_app(self.application, environ, buffered=True)
                     batch.responses[path] = response
             finally:
-                batch.answered.set()
+                batch.turnstile.release()
 
 
 app.wsgi_app = RequestCoalescer(app.wsgi_app, ["/api/usercount", "/health"], Database().read_count)
