@@ -30,8 +30,9 @@ import setup_db
 
 HERE = Path(__file__).parent
 SCHEMA = (HERE / "schema.sql").read_text()
+ISOLATION_LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+RECALCULATE = "SELECT recalculate_user_count()"
 ADD_USERS = "INSERT INTO user_list (username, email) SELECT n, n FROM generate_series(%s, %s) AS n"
-STATS = "SELECT *, (SELECT users FROM usercount.listed) FROM user_stats"  # of one snapshot
 TIMESTAMP_PATTERN = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 RESPONSE_TIMEOUT_SECONDS = 5  # promised, whatever the database does
 
@@ -63,15 +64,12 @@ def in_background(*functions):
 
     all_results = [[] for _ in functions]
     with ThreadPoolExecutor(len(functions)) as threads:
-        futures = [
-            threads.submit(repeat, *pair) for pair in zip(functions, all_results, strict=True)
-        ]
+        done = threads.map(repeat, functions, all_results)
         try:
             yield all_results
         finally:
             is_done.set()
-        for future in futures:
-            future.result()
+        list(done)
 
 
 # --- PostgreSQL ---
@@ -84,17 +82,16 @@ class Cluster:
         """Create it, as a streaming standby if a primary is given."""
         self.folder = Path(tempfile.mkdtemp(prefix="usercount-"))
         self.folder.chmod(0o755)  # run by root, the server is another user's
-        self.home = self.folder / "home"
-        self.data = self.home / "data"
-        setup_db.create_home(self.home)
-        port = str(free_port())
-        self.params = {"host": "127.0.0.1", "port": port, "user": "postgres", "password": None}
+        self.params = setup_db.EMBEDDED_PARAMS | {"host": "127.0.0.1", "port": str(free_port())}
         if primary:
-            shutil.rmtree(self.data)
+            self.home, self.data = primary.home, self.folder / "data"
             self.data.mkdir(mode=0o700)
             setup_db.give_to_postgres(self.data)
             source = f"host=127.0.0.1 port={primary.params['port']} user=postgres"
             self.run("pg_basebackup", "-R", "-c", "fast", "-d", source, "-D", self.data)
+        else:
+            self.home, self.data = self.folder / "home", self.folder / "home" / "data"
+            setup_db.create_home(self.home)
 
     def run(self, program, *arguments):
         # Into a file: the server inherits the output, and reading a pipe would last until it ends.
@@ -146,19 +143,19 @@ def running_cluster(primary=None):
 class Cursor(psycopg2.extensions.cursor):
     """A cursor on a connection of its own; can also return the result of a query."""
 
-    def rows(self, sql, parameters=None):
-        self.execute(sql, parameters)
+    def rows(self, *query):
+        self.execute(*query)
         return self.fetchall()
 
-    def row(self, sql, parameters=None):
-        [row] = self.rows(sql, parameters)
+    def row(self, *query):
+        [row] = self.rows(*query)
         return row
 
-    def column(self, sql, parameters=None):
-        return [value for (value,) in self.rows(sql, parameters)]
+    def column(self, *query):
+        return [value for (value,) in self.rows(*query)]
 
-    def value(self, sql, parameters=None):
-        [value] = self.row(sql, parameters)
+    def value(self, *query):
+        [value] = self.row(*query)
         return value
 
     def has_lock_waiters(self):
@@ -211,7 +208,7 @@ def params():
 def template(params):
     """A database with the shipped schema, as setup_db.py makes it."""
     with throwaway_database(params) as name:
-        set_up(environment(params, name))
+        assert not run_setup(environment(params, name)).stderr
         yield name
 
 
@@ -224,12 +221,6 @@ def database(params, template):
 @pytest.fixture
 def empty_database(params):
     with throwaway_database(params) as name:
-        yield name
-
-
-@pytest.fixture
-def missing_database(params):
-    with throwaway_database(params, template=None) as name:
         yield name
 
 
@@ -248,11 +239,13 @@ def cursor(connect):
 
 
 @pytest.fixture
-def role(cursor):
-    """A role that may log in and nothing else, and its password."""
-    name, password = f"usercount_test_{secrets.token_hex(6)}", secrets.token_hex(8)
-    cursor.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
-    yield name, password
+def alice(cursor):
+    """A role that may create whatever it likes. Its name, to be quoted, is its password, too."""
+    name, database = f'"Mixed.a@b.{secrets.token_hex(6)}"', cursor.connection.info.dbname
+    cursor.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{name[1:-1]}'")
+    cursor.execute(f"GRANT CREATE ON DATABASE {database} TO {name}")
+    cursor.execute(f"GRANT ALL ON SCHEMA public TO {name}")
+    yield name
     cursor.execute(f"ROLLBACK; RESET SESSION AUTHORIZATION; DROP OWNED BY {name} CASCADE")
     cursor.execute(f"DROP ROLE {name}")
 
@@ -264,28 +257,14 @@ def environment(params, database, **settings):
     """Return the environment for a program that uses `database`, free of inherited settings."""
     names = ("DB_", "PG", "PORT", "USER_TABLE", "APP_ENV", "WEB_CONCURRENCY", "GUNICORN", "GRANIAN")
     inherited = {name: text for name, text in os.environ.items() if not name.startswith(names)}
-    return inherited | {
-        "DB_HOST": params["host"],
-        "DB_PORT": params["port"],
-        "DB_USER": params["user"],
-        "DB_PASSWORD": params["password"] or "",
-        "DB_NAME": database,
-        "USER_TABLE": "",  # and not that of .env
-        "APP_ENV": "production",
-        **settings,
-    }
+    server = {f"DB_{name.upper()}": text or "" for name, text in params.items()}
+    defaults = {"DB_NAME": database, "USER_TABLE": "", "APP_ENV": "production"}  # and not .env's
+    return inherited | server | defaults | settings
 
 
 def run_setup(environment, *arguments, folder=HERE):
     command = [sys.executable, folder / "setup_db.py", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-
-
-def set_up(environment, *arguments):
-    """Run setup_db.py, which must succeed; return what it prints."""
-    done = run_setup(environment, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 class Client:
@@ -308,24 +287,19 @@ class Client:
             return response.status, response.headers, response.read().decode()
 
     def get(self, path="/api/usercount"):
-        try:
+        with suppress(ConnectionRefusedError):
             return self.request("GET", path)
-        except ConnectionRefusedError:
-            return 0, {}, ""
+        return 0, {}, ""
 
     def send(self, data, host="127.0.0.1", seconds=RESPONSE_TIMEOUT_SECONDS):
-        """Send raw bytes; return what comes back, and whether the other side closes in time."""
-        received, is_closed = b"", True
-        with socket.create_connection((host, self.port), seconds) as client:
-            try:
-                client.sendall(data)
-                while part := client.recv(65536):
-                    received += part
-            except TimeoutError:
-                is_closed = False
-            except ConnectionError:
-                pass
-        return received.decode("latin-1"), is_closed
+        """Send raw bytes; return what comes back. The other side has to close the connection."""
+        received = b""
+        address = host, self.port
+        with socket.create_connection(address, seconds) as client, suppress(ConnectionError):
+            client.sendall(data)
+            while part := client.recv(65536):
+                received += part
+        return received.decode("latin-1")
 
     def get_at_once(self, number=30):
         """Return the responses to `number` concurrent requests, alternating between the routes."""
@@ -348,31 +322,13 @@ class Service(Client):
     def __init__(self, environment, folder, *arguments, server="gunicorn", code=HERE):
         super().__init__(free_port())
         self.log = folder / f"service-{self.port}.log"
-        options = arguments or ["usercount:app"]
+        command = [sys.executable, "-m", *SERVERS[server], *(arguments or ["usercount:app"])]
         if server == "granian":
-            workers = environment.get("WEB_CONCURRENCY", "1")
-            options = ["--port", str(self.port), "--workers", workers, *options]
+            command += ["--port", str(self.port)]
+            command += ["--workers", environment.get("WEB_CONCURRENCY", "1")]
+        options = {"env": environment | {"PORT": str(self.port)}, "start_new_session": True}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *SERVERS.get(server, [server]), *options],
-                cwd=code,
-                env=environment | {"PORT": str(self.port), "FLASK_RUN_PORT": str(self.port)},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
-            wait_until(lambda: self.get("/")[0] == 404)
-        except BaseException:
-            self.kill()
-            raise
-
-    def stop(self):
-        self.process.send_signal(signal.SIGINT)
-        try:
-            assert self.process.wait(15) == 0
-        finally:
-            self.kill()
+            self.process = subprocess.Popen(command, cwd=code, stdout=log, stderr=log, **options)
 
     def kill(self, signum=signal.SIGKILL):
         """Send a signal to the workers, too, as a terminal does at Ctrl-C."""
@@ -385,9 +341,12 @@ class Service(Client):
 def running_service(environment, folder, *arguments, **options):
     service = Service(environment, folder, *arguments, **options)
     try:
+        wait_until(lambda: service.get("/")[0] == 404)
         yield service
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(15) == 0
     finally:
-        service.stop()
+        service.kill()
 
 
 @pytest.fixture

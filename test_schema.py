@@ -16,10 +16,10 @@ import psycopg2
 import pytest
 from psycopg2.errors import InsufficientPrivilege
 
-from conftest import ADD_USERS, SCHEMA, in_background, open_cursor, running_cluster, wait_until
+import conftest
+from conftest import ADD_USERS, RECALCULATE, SCHEMA, in_background, running_cluster, wait_until
 
-ISOLATION_LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-RECALCULATE = "SELECT recalculate_user_count()"
+PATIENT = SCHEMA.replace("= '5s'", "= '60s'").replace("'5 s'", "'60 s'")
 LAST_UPDATED = "SELECT last_updated FROM user_stats"
 UNINSTALL = "DROP SCHEMA usercount CASCADE; DROP FUNCTION recalculate_user_count()"
 DELETE = "DELETE FROM user_list WHERE username = '%s'"
@@ -35,7 +35,7 @@ CATALOG = " UNION ".join(  # all but PostgreSQL's own, without what changes by i
 )
 
 
-def set_up(cursor, table="", schema=SCHEMA):
+def set_up(cursor, table="", schema=PATIENT):
     cursor.execute(f"SET LOCAL usercount.user_table = '{table}'; {schema}")
 
 
@@ -105,14 +105,10 @@ def test_a_snapshot_older_than_a_truncate_is_exact(connect, database):
 
 
 def test_last_updated_never_goes_backwards(cursor, database):
-    repair = f"{DRIFT}; {RECALCULATE}"
-    fold = "INSERT INTO usercount.counts (pid, change) VALUES (2000000000, 0); " + RECALCULATE
-    for row, write in (
-        ("pid > 0", DELETE % 1),
-        ("id = 0", repair),
-        ("id = 0", fold),
-        ("true", TRUNCATE),
-    ):
+    add_row = "INSERT INTO usercount.counts (pid, change) VALUES (2000000000, 0); COMMIT"
+    repair, fold = f"{DRIFT}; {RECALCULATE}", f"{add_row}; {RECALCULATE}"
+    writes = ("pid > 0", DELETE % 1), ("id = 0", repair), ("id = 0", fold), ("true", TRUNCATE)
+    for row, write in writes:
         cursor.execute(ADD_USERS, (1, 1))
         later = f"now() + CASE WHEN {row} THEN interval '1 hour' ELSE '0' END"
         cursor.execute(f"UPDATE usercount.counts SET last_updated = {later}")  # the clock was wrong
@@ -121,7 +117,7 @@ def test_last_updated_never_goes_backwards(cursor, database):
         assert cursor.value(LAST_UPDATED) == before
 
 
-@pytest.mark.parametrize("isolation", ISOLATION_LEVELS)
+@pytest.mark.parametrize("isolation", conftest.ISOLATION_LEVELS)
 def test_new_sessions_fold_rows_of_terminated_ones_without_waiting(connect, database, isolation):
     """None newer than the transaction, as that is how old the list of processes may be."""
     cursor, living, writer, late = (connect() for _ in range(4))
@@ -164,23 +160,22 @@ def test_a_session_finds_its_row_after_a_reset(connect, database, reset):
 
 def test_the_count_survives_a_crash_of_the_server():
     with running_cluster() as cluster:
-        with open_cursor(cluster.params) as cursor:
+        with conftest.open_cursor(cluster.params) as cursor:
             set_up(cursor)
             cursor.execute(ADD_USERS, (1, 1000))
             cursor.execute("BEGIN; " + ADD_USERS, (1001, 2000))
             cluster.kill()
         cluster.start()
-        with open_cursor(cluster.params) as cursor:
+        with conftest.open_cursor(cluster.params) as cursor:
             assert_exact(cursor, 1000)
 
 
 def test_a_recalculation_repairs_what_bypassed_the_triggers(cursor, database):
-    """It also folds all but the latest row of each session."""
     cursor.execute(
         f"{BYPASS}; {ENABLE}; COMMIT; INSERT INTO usercount.counts (pid, change) VALUES"
         " (2000000000, 4), (2000000001, 8), (pg_backend_pid(), 2), (pg_backend_pid(), -2)"
     )
-    for isolation in ISOLATION_LEVELS[1:]:  # might be wrong for good if user_list was rewritten
+    for isolation in conftest.ISOLATION_LEVELS[1:]:  # might be wrong if user_list was rewritten
         with pytest.raises(psycopg2.Error, match="needs READ COMMITTED"):
             cursor.execute(f"BEGIN ISOLATION LEVEL {isolation}; {RECALCULATE}")
         cursor.execute("ROLLBACK")
@@ -190,18 +185,16 @@ def test_a_recalculation_repairs_what_bypassed_the_triggers(cursor, database):
 
 
 LOCK_USERS = "BEGIN; LOCK TABLE user_list IN ACCESS EXCLUSIVE MODE"
-READ_ONLY = (
-    "SET default_transaction_isolation = serializable; SET default_transaction_read_only = on"
-)
+STRICT = "SET default_transaction_isolation = serializable; SET default_transaction_read_only = on"
 SLOW_COUNT = """CREATE OR REPLACE VIEW usercount.listed AS SELECT count(*) AS users
     FROM user_list, (SELECT pg_advisory_xact_lock(1) OFFSET 0) AS slow;
-    BEGIN; SELECT pg_advisory_xact_lock(1)"""
+    COMMIT; BEGIN; SELECT pg_advisory_xact_lock(1)"""
 WAITS = {  # what another session does, what waits for it, what the other one does then, the count
-    "recalculations take turns": (f"{DRIFT}; BEGIN; {RECALCULATE}", RECALCULATE, "", 0),
-    "recalculation locks the table first": (LOCK_USERS, RECALCULATE, "TRUNCATE user_list", 0),
-    "set-up locks the table first": (LOCK_USERS, SCHEMA, "TRUNCATE user_list", 0),
+    "recalculations take turns": (f"{DRIFT}; COMMIT; BEGIN; {RECALCULATE}", RECALCULATE, "", 0),
+    "recalculation locks the table first": (LOCK_USERS, RECALCULATE, TRUNCATE, 0),
+    "set-up locks the table first": (LOCK_USERS, PATIENT, TRUNCATE, 0),
     "compared within one snapshot": (SLOW_COUNT, RECALCULATE, ADD_USERS % (1, 5), 5),
-    "whatever the defaults are": (BYPASS, f"{READ_ONLY}; COMMIT; {SCHEMA}", ENABLE, 3),
+    "whatever the defaults are": (BYPASS, f"{STRICT}; COMMIT; {PATIENT}", ENABLE, 3),
 }
 
 
@@ -218,16 +211,18 @@ def test_what_has_waited_is_exact(connect, database, before, waiting, meanwhile,
 
 
 def test_nothing_is_lost_under_load(connect, database):
-    """Two tables are written, and whatever blocks their writers takes turns."""
     cursor, numbers = connect(), itertools.count(1)
     cursor.execute("CREATE TABLE members (LIKE user_list INCLUDING ALL)")
 
-    def sign_up(writer, table):
-        writer.execute(ADD_USERS.replace("user_list", table), [next(numbers)] * 2)
-        writer.execute(f"DELETE FROM {table} WHERE id % 3 = 0; RESET ALL")
+    def sign_up(writer, table, other):
+        n = next(numbers)
+        adds = [ADD_USERS.replace("user_list", each) % (n, n) for each in (table, other)]
+        writer.execute(f"{'; '.join(adds)}; DELETE FROM {table} WHERE id % 3 = 0; RESET ALL")
 
-    writing = [partial(sign_up, connect(), table) for table in ("user_list", "members") * 2]
-    with in_background(*writing, *[partial(connect().execute, RECALCULATE)] * 2) as rounds:
+    pairs = [("user_list", "members"), ("members", "user_list")] * 2
+    running = [partial(sign_up, connect(), *pair) for pair in pairs]
+    running += [partial(connect().execute, RECALCULATE), partial(set_up, connect())]
+    with in_background(*running) as rounds:
         for table in ["members", "", "user_list", ""] * 5:
             before = sum(map(len, rounds))
             cursor.execute(DRIFT)
@@ -235,16 +230,6 @@ def test_nothing_is_lost_under_load(connect, database):
             cursor.execute(TRUNCATE)
             wait_until(lambda before=before: sum(map(len, rounds)) > before + 30)
     assert_exact(cursor, cursor.value("SELECT count(*) FROM user_list"))
-
-
-@pytest.fixture
-def alice(cursor, role):
-    """A role that may create whatever it likes; its name has to be quoted."""
-    name, database = f'"Mixed.a@b {role[0]}"', cursor.connection.info.dbname
-    cursor.execute(f"ALTER ROLE {role[0]} RENAME TO {name}; GRANT ALL ON SCHEMA public TO {name}")
-    cursor.execute(f"GRANT CREATE ON DATABASE {database} TO {name}")
-    yield name
-    cursor.execute(f"ROLLBACK; RESET SESSION AUTHORIZATION; ALTER ROLE {name} RENAME TO {role[0]}")
 
 
 TABLES = {  # each as it is written in SQL, and what creates it
@@ -285,17 +270,15 @@ def test_the_owner_of_the_table_counts_all_its_rows_or_none(cursor, empty_databa
     set_up(cursor, "members")
     cursor.execute("ALTER TABLE members ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     assert_refused(cursor, "row-level security")
+    cursor.execute("RESET SESSION AUTHORIZATION")  # for a superuser, too
     with pytest.raises(InsufficientPrivilege, match="row-level security"):
-        cursor.execute(RECALCULATE)
-    cursor.execute(f"RESET SESSION AUTHORIZATION; {UNINSTALL}")
+        cursor.execute("SELECT usercount.recalculate()")
     assert_refused(cursor, f"members belongs to {alice}", "members")
 
 
-def test_the_counted_table_may_be_renamed_but_not_dropped_unnoticed(cursor, database):
+def test_the_counted_table_is_not_dropped_unnoticed(cursor, database):
     """As pandas' to_sql(if_exists="replace") drops it, or Sequelize's sync({force: true})."""
-    cursor.execute("ALTER TABLE user_list RENAME TO accounts")
-    set_up(cursor)
-    cursor.execute("ALTER TABLE accounts RENAME TO user_list; " + ADD_USERS, (1, 100))
+    cursor.execute(ADD_USERS, (1, 100))
     with pytest.raises(psycopg2.Error, match=r"cannot drop table user_list(.|\n)* user_stats"):
         cursor.execute("DROP TABLE user_list")
     cursor.execute("DROP TABLE user_list CASCADE")
@@ -311,7 +294,6 @@ REFUSED = {  # a name, which the error repeats, and what is there
     "nowhere": "SELECT",
     "user list": "SELECT",
     "a_view": "CREATE VIEW a_view AS SELECT 1 AS id",
-    "a_snapshot": "CREATE MATERIALIZED VIEW a_snapshot AS SELECT 1 AS id",
     "public.fast": "CREATE UNLOGGED TABLE fast (n int)",
     "public.p": """CREATE TABLE p (n int) PARTITION BY LIST (n);
         CREATE UNLOGGED TABLE p1 PARTITION OF p DEFAULT""",
@@ -333,12 +315,11 @@ def test_the_set_up_waits_for_no_reader_and_not_for_long(connect, database):
     set_up(cursor)
     cursor.execute("SET usercount.user_table = user_list")
     before = cursor.rows(settings)
-    other.execute("BEGIN; LOCK TABLE user_list, user_stats, usercount.counts IN ACCESS SHARE MODE")
+    other.execute("BEGIN; LOCK TABLE user_stats, usercount.listed IN ACCESS SHARE MODE")
     cursor.execute(SCHEMA)  # as beside pg_dump
     assert cursor.rows(settings) == before
     assert cursor.value("SELECT current_setting('usercount.user_table')") == "user_list"
     impatient = SCHEMA.replace("= '5s'", "= '10ms'").replace("'5 s'", "'10 ms'")
-    assert impatient.count("10ms") == impatient.count("10 ms") == 1
     other.execute(ADD_USERS, (1, 1))
     assert_refused(cursor, "lock timeout", "user_list", impatient)
 
@@ -368,10 +349,9 @@ def test_writers_need_rights_on_the_table_and_get_no_others(cursor, empty_databa
 
 
 def test_every_part_has_to_belong_to_the_owner_of_the_table(cursor, database, alice):
-    for part in (
-        *("SCHEMA usercount", "TABLE usercount.counts", "VIEW usercount.listed", "VIEW user_stats"),
-        *("FUNCTION usercount.claim_row", "FUNCTION recalculate_user_count"),
-    ):
+    parts = "SCHEMA usercount, TABLE usercount.counts, VIEW usercount.listed, VIEW user_stats"
+    functions = "FUNCTION usercount.claim_row, FUNCTION recalculate_user_count"
+    for part in f"{parts}, {functions}".split(", "):
         cursor.execute(f"ALTER {part} OWNER TO {alice}")
         assert_refused(cursor, f"belongs to {alice}")
         cursor.execute(f"ALTER {part} OWNER TO CURRENT_USER")
@@ -384,8 +364,7 @@ TRAP = """CREATE SEQUENCE caught; GRANT ALL ON SEQUENCE caught TO PUBLIC;
     END $$;
     CREATE FUNCTION trap(bigint, numeric) RETURNS bigint LANGUAGE sql AS 'SELECT public.trap(1)';
     CREATE OPERATOR - (FUNCTION = trap, LEFTARG = bigint, RIGHTARG = numeric);
-    CREATE FUNCTION nextval(text) RETURNS bigint LANGUAGE sql AS 'SELECT public.trap(1)';
-    CREATE FUNCTION format(text, text) RETURNS text LANGUAGE sql AS 'SELECT public.trap(1)::text'"""
+    CREATE FUNCTION nextval(text) RETURNS bigint LANGUAGE sql AS 'SELECT public.trap(1)'"""
 USERS = "CREATE TABLE user_list (id int, username text, email text)"
 PLANTED = {  # what alice does while a superuser's set-up waits, on what the superuser had created
     "SELECT": USERS,
@@ -414,7 +393,7 @@ def test_nobodys_code_runs_with_the_rights_of_another_role(connect, empty_databa
     if planted == "SELECT":
         done.result()
         intruder.execute(ADD_USERS, (2, 9))
-        cursor.execute(RECALCULATE)
+        cursor.execute("SELECT usercount.recalculate()")
     else:
         assert re.search(f"belongs? to (postgres|{alice})|not this counter", str(done.exception()))
     assert not observer.value("SELECT is_called FROM caught")
