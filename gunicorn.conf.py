@@ -24,5 +24,6 @@ keepalive = 75  # seconds; longer than clients' polling intervals and load balan
 graceful_timeout = 8  # seconds; longer than any request, and Docker kills after 10
 control_socket_disable = True
 proxy_allow_ips = "127.0.0.1,::1,::ffff:127.0.0.1"  # the last is how [::] sees the first
-# A one-shot callable: a terminal's Ctrl-C reaches the workers, too, but the master ends them.
+# Each worker ignores SIGINT: a terminal's Ctrl-C reaches it, too, but the master is to end it.
+# finalize() merely makes a callable that drops its argument, the worker, and calls signal.signal().
 post_worker_init = weakref.finalize(signal, signal.signal, signal.SIGINT, signal.SIG_IGN)

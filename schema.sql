@@ -62,7 +62,7 @@ BEGIN
             END LOOP;
             EXIT;
         EXCEPTION WHEN lock_not_available THEN  -- releases what it has locked
-            IF clock_timestamp() > began + interval '5 s' THEN
+            IF clock_timestamp() > began + current_setting('lock_timeout')::interval THEN
                 RAISE;
             END IF;
             locks := locks[2:] || locks[1];
@@ -119,7 +119,7 @@ BEGIN
             EXCEPTION WHEN serialization_failure THEN  -- another session has folded what this one sees
                 NULL;
             END;
-        ELSE  -- in no EXCEPTION block: locked there and updated here, a row would need a MultiXact
+        ELSE  -- in no EXCEPTION block: locked within one and updated outside, a row would need a MultiXact
             SELECT * INTO own_id, inherited, inherited_at FROM usercount.claim_row();
         END CASE;
     END IF;
@@ -228,7 +228,7 @@ BEGIN
         SELECT 1 AS id, coalesce(sum(change), 0)::bigint AS total_users,
             coalesce(max(last_updated), clock_timestamp()) AS last_updated  -- no row: older than a TRUNCATE
         FROM usercount.counts
-        WHERE NULL::usercount.listed IS NULL;  -- always true: so the users' table cannot be dropped unnoticed
+        WHERE NULL::usercount.listed IS NULL;  -- always true; but as it depends on the users' table, DROP TABLE fails
     ELSIF NOT EXISTS (
         SELECT FROM pg_depend JOIN pg_rewrite ON objid = pg_rewrite.oid AND classid = 'pg_rewrite'::regclass
         WHERE ev_class = 'public.user_stats'::regclass AND refobjid = 'usercount.counts'::regclass)

@@ -30,7 +30,7 @@ from psycopg2.extras import wait_select
 import usercount
 
 HERE = Path(__file__).parent
-USER_TABLE = os.environ.get("USER_TABLE", "")  # as in SQL: auth_user, app.accounts, "User"
+USER_TABLE = os.environ.get("USER_TABLE", "")  # app.accounts, "User"; if empty, see schema.sql
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # SIGHUP: the terminal was closed
 CONFIGURED_PARAMS = {  # libpq's parameters of the configured server
     "host": ",".join(usercount.DB_HOSTS),
@@ -194,8 +194,8 @@ def running(command, lock, **options):
         process.wait()
 
 
-def serve(*options):
-    """Set up the database and run gunicorn until it ends; return its exit status."""
+def serve(options):
+    """Set up the database and run gunicorn with `options`; return its exit status."""
     lock = take_lock(HERE / ".run.lock")
     socket.create_server(("", int(usercount.PORT))).close()  # an error if the port is in use
     is_embedded = not os.environ.get("DB_HOST")
@@ -221,10 +221,8 @@ def main(arguments):
             add_sample_users(running_params())
         case ["sample", number] if number.isdecimal() and 0 < int(number[:10]) < 10**9:
             add_sample_users(running_params(), int(number))
-        case ["run"]:
-            return serve()
-        case ["dev"]:
-            return serve("--reload")
+        case ["run" | "dev" as command]:
+            return serve(["--reload"] if command == "dev" else [])
         case _:
             sys.exit("usage: python setup_db.py [sample [N] | run | dev]")
 
@@ -237,4 +235,5 @@ if __name__ == "__main__":
     except (psycopg2.Error, OSError, PackageNotFoundError, subprocess.CalledProcessError) as error:
         sys.exit(" ".join(str(error).partition("CONTEXT:")[0].split()))
     except KeyboardInterrupt:
-        sys.exit("Stopped.")
+        print("Stopped.")
+        sys.exit(sys.argv[1:] not in (["run"], ["dev"]))  # which end like this, so make is content

@@ -192,6 +192,7 @@ class Project(conftest.Client):
 
     def stop(self, signum=signal.SIGTERM):  # sends it again and again; nothing is left then
         wait_until(lambda: self.main.send_signal(signum) or self.main.poll() is not None, 30)
+        assert self.main.returncode == 0
         setup_db.take_lock(self.folder / ".run.lock").close()  # nobody has it any more
         wait_until(lambda: not self.processes())
         assert not (self.home / "socket").exists()  # the folder that it refers to

@@ -65,7 +65,7 @@ APP_ENV = read_setting("APP_ENV", APP_ENVS[0], APP_ENVS.__contains__, " or ".joi
 TARGET_SESSION_ATTRS = os.environ.get("PGTARGETSESSIONATTRS") or "primary"
 PREFERS_STANDBY = TARGET_SESSION_ATTRS == "prefer-standby"  # in the first attempt of a read
 
-READ_TIMEOUT_SECONDS = 2  # for a whole read, retries and failover included
+READ_TIMEOUT_SECONDS = 2  # for all its targets and retries; a response takes two reads at most
 LOOKUP_TIMEOUT_SECONDS = 0.5  # of these, for DNS
 TCP_USER_TIMEOUT_MILLISECONDS = 500  # unacknowledged for this long, a connection counts as lost
 MAX_ATTEMPTS = 3  # for each target, per read
@@ -200,10 +200,10 @@ class Database:
             time.sleep(RETRY_DELAY_SECONDS if attempt and targets else 0)
             for index, target in enumerate(targets):
                 now = time.monotonic()
-                untried = len(targets) - index + (attempt == 0 and PREFERS_STANDBY)
-                share = max(0, began + READ_TIMEOUT_SECONDS - now) / untried
+                shares = len(targets) - index + (attempt == 0 and PREFERS_STANDBY)  # still needed
+                seconds = max(0, began + READ_TIMEOUT_SECONDS - now) / shares
                 try:
-                    count = self.read_from(target, now + share, attempt)
+                    count = self.read_from(target, now + seconds, attempt)
                 except (psycopg2.Error, TimeoutError) as error:
                     errors[target] = error
                     self.close_pool()
@@ -321,7 +321,7 @@ class Batch:
     def __init__(self):
         self.paths = set()
         self.responses = {}
-        self.turnstile = threading.Lock()  # cheaper than an Event, which wakes all threads at once
+        self.turnstile = threading.Lock()  # to pass one by one, cheaper than an Event for all
         self.turnstile.acquire()
 
 
