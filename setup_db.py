@@ -42,7 +42,8 @@ CONFIGURED_PARAMS = {  # libpq's parameters of the configured server
 
 def connect(params, database=usercount.DB_NAME):
     """Return an autocommit connection to the first server that can write."""
-    options = {"connect_timeout": 5, "target_session_attrs": "read-write"}
+    seconds = os.environ.get("PGCONNECT_TIMEOUT") or 5
+    options = {"connect_timeout": seconds, "target_session_attrs": "read-write"}
     connection = psycopg2.connect(**params, **options, dbname=database)
     connection.autocommit = True
     return connection

@@ -34,7 +34,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_INERROR
 from conftest import ISOLATION_LEVELS, RECALCULATE, SCHEMA, open_cursor, wait_until
 
 IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-SEEDS = [secrets.randbits(32) for _ in range(300)] if IS_THOROUGH else range(16)
+SEEDS = [secrets.randbits(32) for _ in range(300)] if IS_THOROUGH else range(12)
 SEARCH = hypothesis.settings(  # later examples would only vary earlier ones
     max_examples=10, deadline=None, database=None, suppress_health_check=[*hypothesis.HealthCheck]
 )

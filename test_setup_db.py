@@ -85,7 +85,7 @@ def test_errors_are_one_line_and_change_nothing(params, cursor, empty_database, 
     silent, name = socket.create_server(("127.0.0.1", 0)), alice.strip('"')
     poor = f"DB_USER={name} DB_PASSWORD={name} DB_NAME=usercount_test_missing"
     errors = {
-        f"DB_HOST=localhost DB_PORT={silent.getsockname()[1]} python setup_db.py": "timeout",
+        f"PGCONNECT_TIMEOUT=2 DB_PORT={silent.getsockname()[1]} python setup_db.py": "timeout",
         "DB_HOST=127.0.0.1 DB_PORT=1 python setup_db.py": "Connection refused",
         "DB_USER=usercount_test_nobody python setup_db.py": "usercount_test_nobody",
         f"{poor} python setup_db.py": "permission denied to create database",
