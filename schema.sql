@@ -91,8 +91,8 @@ CREATE TABLE IF NOT EXISTS usercount.counts (
 CREATE OR REPLACE FUNCTION usercount.update_user_count() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    own_id bigint := nullif(current_setting('usercount.row', true), '');
-    written_id bigint;
+    set_id CONSTANT bigint := nullif(current_setting('usercount.row', true), '');
+    own_id bigint := set_id;
     row_change bigint;
     inherited bigint;
     inherited_at timestamptz;
@@ -131,9 +131,9 @@ BEGIN
         writes = own.writes % 64 + 1,
         change = own.change + excluded.change,
         last_updated = greatest(own.last_updated, excluded.last_updated)
-    RETURNING id INTO written_id;
-    IF written_id::text IS DISTINCT FROM current_setting('usercount.row', true) THEN
-        PERFORM set_config('usercount.row', written_id::text, false);
+    RETURNING id INTO own_id;
+    IF own_id IS DISTINCT FROM set_id THEN
+        PERFORM set_config('usercount.row', own_id::text, false);
     END IF;
     RETURN NULL;
 END $$;
