@@ -228,7 +228,7 @@ def test_pgtargetsessionattrs_says_who_answers(cluster, start, tmp_path):
         expected = dict(zip(["", *clusters], zip(*TARGETS.values(), strict=True), strict=True))
         assert tuple(threads.map(who_answers, services)) == expected[""]
         assert not [each for each in services if "unavailable" in each.log.read_text()]
-        for fault, down in itertools.product(["stopped", "frozen"], clusters):
+        for fault, down in itertools.product(["stopped", "killed", "frozen"], clusters):
             with in_background(services[0].count, services[1].count), broken(clusters[down], fault):
                 for seconds in (0.6, 0):  # on open connections, and on new ones
                     answers = tuple(threads.map(who_answers, services))
